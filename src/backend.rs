@@ -1,0 +1,448 @@
+//! The trait every backend implements, its object-safe form, and the table of backends.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use crate::call::{Inputs, KvCache, Outputs, Query};
+use crate::error::{MlaError, Result};
+use crate::problem::Problem;
+use crate::schedule::ScheduleOptions;
+use crate::tensor::{Device, TensorView, TensorViewMut};
+use crate::workspace::Workspace;
+
+/// Why a backend cannot serve a problem: the parameter, its value, and what the backend takes.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("backend {backend} does not support {param} {value}; it supports {limit}")]
+pub struct Unsupported {
+    /// The backend's name.
+    pub backend: &'static str,
+    /// The parameter.
+    pub param: &'static str,
+    /// Its value.
+    pub value: String,
+    /// What is supported instead.
+    pub limit: String,
+}
+
+/// What has been seen of a backend, weakest to strongest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Evidence {
+    /// Compiles to the vendor's instruction set.
+    T1,
+    /// Host code ran against the vendor's library without a device.
+    T2,
+    /// The kernel source ran on a CPU at the vendor's warp width.
+    T3,
+    /// Kernel source and host code ran on another vendor's device.
+    T4,
+    /// Ran on the hardware it is for.
+    T5,
+}
+
+impl fmt::Display for Evidence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
+
+/// Identity of an opened backend.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackendInfo {
+    /// Its feature's name: `cpu`, `sm90`, ...
+    pub name: &'static str,
+    /// The device in words, with the code path in use.
+    pub device_name: String,
+    /// Where its tensors live.
+    pub device: Device,
+    /// The tier that a run on this device proves.
+    pub evidence: Evidence,
+}
+
+/// A backend, generic over where its memory lives.
+///
+/// The order of a step: [`schedule`](Self::schedule) once, then for each layer [`run`](Self::run) with a workspace of
+/// at least [`workspace_bytes`](Self::workspace_bytes). `run` enqueues on the caller's stream; it allocates nothing and
+/// waits for nothing.
+pub trait MlaBackend: Send + Sync {
+    /// Memory this backend allocated by [`upload`](Self::upload) or [`alloc`](Self::alloc).
+    type Buffer;
+    /// A plan in the form this backend's kernels read.
+    type Schedule;
+    /// Where work is enqueued. `()` where `run` itself does the work.
+    type Stream: Copy + Default;
+
+    /// Identity and device.
+    fn info(&self) -> &BackendInfo;
+
+    /// Whether it can serve `problem`.
+    ///
+    /// # Errors
+    /// [`Unsupported`], with the reason.
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported>;
+
+    /// Allocates `bytes` bytes where this backend's tensors live.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`].
+    fn alloc(&self, bytes: usize) -> Result<Self::Buffer>;
+
+    /// Copies `bytes` to memory where this backend's tensors live.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`].
+    fn upload(&self, bytes: &[u8]) -> Result<Self::Buffer>;
+
+    /// Copies a buffer back, after all work enqueued so far.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`].
+    fn download(&self, buffer: &Self::Buffer, bytes: &mut [u8]) -> Result<()>;
+
+    /// The tensor that `like` describes (shape, strides, type) over the memory of `buffer`.
+    ///
+    /// # Errors
+    /// Those of [`TensorView::from_raw_parts`].
+    fn view<'a>(&self, param: &'static str, buffer: &'a Self::Buffer, like: &TensorView<'_>) -> Result<TensorView<'a>>;
+
+    /// As [`view`](Self::view), for writing.
+    ///
+    /// # Errors
+    /// Those of [`TensorView::from_raw_parts`].
+    fn view_mut<'a>(
+        &self,
+        param: &'static str,
+        buffer: &'a mut Self::Buffer,
+        like: &TensorView<'_>,
+    ) -> Result<TensorViewMut<'a>>;
+
+    /// A buffer as a workspace.
+    fn workspace<'a>(&self, buffer: &'a mut Self::Buffer) -> Workspace<'a>;
+
+    /// Plans a step. `inputs` gives cache_seqlens, where this backend's tensors live.
+    ///
+    /// # Errors
+    /// Those of [`crate::schedule::get_mla_metadata`], and of the platform.
+    fn schedule(
+        &self,
+        problem: &Problem,
+        options: &ScheduleOptions,
+        inputs: &Inputs<'_>,
+        stream: Self::Stream,
+    ) -> Result<Self::Schedule>;
+
+    /// Bytes of workspace that [`run`](Self::run) needs.
+    fn workspace_bytes(&self, problem: &Problem, schedule: &Self::Schedule) -> usize;
+
+    /// Enqueues one decode step.
+    ///
+    /// # Errors
+    /// Every bad input has its own variant of [`MlaError`]; on an error nothing was written. What only the device can
+    /// see is reported by [`finish`](Self::finish).
+    fn run(
+        &self,
+        problem: &Problem,
+        schedule: &Self::Schedule,
+        workspace: &mut Workspace<'_>,
+        inputs: &Inputs<'_>,
+        outputs: &mut Outputs<'_>,
+        stream: Self::Stream,
+    ) -> Result<()>;
+
+    /// Waits for the work enqueued on `stream` and reports what its device-side checks found.
+    ///
+    /// # Errors
+    /// [`MlaError::DeviceCheck`], [`MlaError::Platform`].
+    fn finish(&self, schedule: &Self::Schedule, stream: Self::Stream) -> Result<()>;
+
+    /// Time that the work enqueued by `work` takes where it runs. The default waits and reads the host's clock.
+    ///
+    /// # Errors
+    /// Those of `work` and [`finish`](Self::finish).
+    fn elapsed(
+        &self,
+        schedule: &Self::Schedule,
+        stream: Self::Stream,
+        work: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Duration> {
+        let start = Instant::now();
+        work()?;
+        self.finish(schedule, stream)?;
+        Ok(start.elapsed())
+    }
+
+    /// Evicts caches before a timed run, where the backend can.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`].
+    fn flush_caches(&self, _stream: Self::Stream) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// How to time a problem.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timing {
+    /// Runs before the first timed one.
+    pub warmups: usize,
+    /// Timed runs.
+    pub repeats: usize,
+    /// Whether caches are flushed before each timed run.
+    pub flush: bool,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Timing { warmups: 2, repeats: 15, flush: true }
+    }
+}
+
+/// The object-safe form over host tensors: what the command line, the conformance suite and foreign-language bindings
+/// use. Every [`MlaBackend`] has it.
+pub trait HostBackend: Send + Sync {
+    /// Identity and device.
+    fn info(&self) -> &BackendInfo;
+
+    /// Whether it can serve `problem`.
+    ///
+    /// # Errors
+    /// [`Unsupported`], with the reason.
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported>;
+
+    /// All four steps on host tensors: copies in, schedules, runs, waits, copies out.
+    ///
+    /// # Errors
+    /// As [`MlaBackend::run`] and [`MlaBackend::finish`].
+    fn decode(
+        &self,
+        problem: &Problem,
+        options: &ScheduleOptions,
+        inputs: &Inputs<'_>,
+        outputs: &mut Outputs<'_>,
+    ) -> Result<()>;
+
+    /// Times `run` alone: tensors in place, schedule made. Returns one duration a repeat, in order.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    fn time(
+        &self,
+        problem: &Problem,
+        options: &ScheduleOptions,
+        inputs: &Inputs<'_>,
+        outputs: &mut Outputs<'_>,
+        timing: Timing,
+    ) -> Result<Vec<Duration>>;
+}
+
+/// Copies of a call's input tensors where the backend's tensors live.
+struct Uploaded<B: MlaBackend + ?Sized> {
+    buffers: Vec<(&'static str, B::Buffer)>,
+}
+
+impl<B: MlaBackend + ?Sized> Uploaded<B> {
+    fn new(backend: &B, inputs: &Inputs<'_>) -> Result<Self> {
+        let buffers = inputs
+            .tensors()
+            .map(|(name, view)| Ok((name, backend.upload(view.host_bytes(name)?)?)))
+            .collect::<Result<_>>()?;
+        Ok(Uploaded { buffers })
+    }
+
+    fn view<'a>(&'a self, backend: &B, name: &'static str, like: &TensorView<'_>) -> Result<TensorView<'a>> {
+        let found = self.buffers.iter().find(|(n, _)| *n == name);
+        let (_, buffer) = found.ok_or(MlaError::MissingTensor { param: name, limit: "it was not uploaded" })?;
+        backend.view(name, buffer, like)
+    }
+
+    fn inputs<'a>(&'a self, backend: &B, host: &Inputs<'_>) -> Result<Inputs<'a>> {
+        let one = |name, like: &TensorView<'_>| self.view(backend, name, like);
+        let maybe = |name, like: &Option<TensorView<'_>>| like.as_ref().map(|t| one(name, t)).transpose();
+        Ok(Inputs {
+            query: match &host.query {
+                Query::Fused(q) => Query::Fused(one("q", q)?),
+                Query::Split { q_nope, q_pe } => {
+                    Query::Split { q_nope: one("q_nope", q_nope)?, q_pe: maybe("q_pe", q_pe)? }
+                }
+            },
+            kv_cache: match &host.kv_cache {
+                KvCache::Fused(k) => KvCache::Fused(one("k_cache", k)?),
+                KvCache::Split { ckv, kpe } => KvCache::Split { ckv: one("ckv", ckv)?, kpe: maybe("kpe", kpe)? },
+            },
+            block_table: one("block_table", &host.block_table)?,
+            cache_seqlens: one("cache_seqlens", &host.cache_seqlens)?,
+            visible_lengths: maybe("visible_lengths", &host.visible_lengths)?,
+        })
+    }
+}
+
+/// Runs `body` with every tensor of a host call where the backend's tensors live, and copies the outputs back.
+fn with_tensors<B: MlaBackend, R>(
+    backend: &B,
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    outputs: &mut Outputs<'_>,
+    body: impl FnOnce(&Inputs<'_>, &mut Outputs<'_>) -> Result<R>,
+) -> Result<R> {
+    backend.supports(problem)?;
+    inputs.validate(problem, Device::Host)?;
+    outputs.validate(problem, inputs, Device::Host)?;
+    inputs.check_host_tables(problem)?;
+    if backend.info().device == Device::Host {
+        return body(inputs, outputs);
+    }
+    let uploaded = Uploaded::new(backend, inputs)?;
+    let device_inputs = uploaded.inputs(backend, inputs)?;
+    // Outputs travel both ways, so that bytes between strided rows keep what the caller had there.
+    let mut out = backend.upload(outputs.out.host_bytes_mut("out")?)?;
+    let mut lse = backend.upload(outputs.lse.host_bytes_mut("lse")?)?;
+    let result = {
+        let mut device_outputs = Outputs {
+            out: backend.view_mut("out", &mut out, &outputs.out.as_view())?,
+            lse: backend.view_mut("lse", &mut lse, &outputs.lse.as_view())?,
+        };
+        body(&device_inputs, &mut device_outputs)?
+    };
+    backend.download(&out, outputs.out.host_bytes_mut("out")?)?;
+    backend.download(&lse, outputs.lse.host_bytes_mut("lse")?)?;
+    Ok(result)
+}
+
+impl<B: MlaBackend> HostBackend for B {
+    fn info(&self) -> &BackendInfo {
+        MlaBackend::info(self)
+    }
+
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
+        MlaBackend::supports(self, problem)
+    }
+
+    fn decode(
+        &self,
+        problem: &Problem,
+        options: &ScheduleOptions,
+        inputs: &Inputs<'_>,
+        outputs: &mut Outputs<'_>,
+    ) -> Result<()> {
+        with_tensors(self, problem, inputs, outputs, |inputs, outputs| {
+            flash_mla_with_kvcache(self, problem, options, inputs, outputs, B::Stream::default())
+        })
+    }
+
+    fn time(
+        &self,
+        problem: &Problem,
+        options: &ScheduleOptions,
+        inputs: &Inputs<'_>,
+        outputs: &mut Outputs<'_>,
+        timing: Timing,
+    ) -> Result<Vec<Duration>> {
+        with_tensors(self, problem, inputs, outputs, |inputs, outputs| {
+            let stream = B::Stream::default();
+            let schedule = self.schedule(problem, options, inputs, stream)?;
+            let mut scratch = self.alloc(self.workspace_bytes(problem, &schedule))?;
+            let mut workspace = self.workspace(&mut scratch);
+            let mut times = Vec::with_capacity(timing.repeats);
+            for i in 0..timing.warmups + timing.repeats {
+                if timing.flush {
+                    self.flush_caches(stream)?;
+                }
+                let took = self.elapsed(&schedule, stream, &mut || {
+                    self.run(problem, &schedule, &mut workspace, inputs, outputs, stream)
+                })?;
+                if i >= timing.warmups {
+                    times.push(took);
+                }
+            }
+            Ok(times)
+        })
+    }
+}
+
+/// The convenience call: schedule, workspace, run and wait, on tensors where the backend's tensors live.
+///
+/// A loop over layers should make the schedule and the workspace once instead, and call [`MlaBackend::run`].
+///
+/// # Errors
+/// As [`MlaBackend::run`] and [`MlaBackend::finish`].
+pub fn flash_mla_with_kvcache<B: MlaBackend + ?Sized>(
+    backend: &B,
+    problem: &Problem,
+    options: &ScheduleOptions,
+    inputs: &Inputs<'_>,
+    outputs: &mut Outputs<'_>,
+    stream: B::Stream,
+) -> Result<()> {
+    let schedule = backend.schedule(problem, options, inputs, stream)?;
+    let mut scratch = backend.alloc(backend.workspace_bytes(problem, &schedule))?;
+    let mut workspace = backend.workspace(&mut scratch);
+    backend.run(problem, &schedule, &mut workspace, inputs, outputs, stream)?;
+    backend.finish(&schedule, stream)
+}
+
+/// A row of the table of backends that this build contains.
+#[derive(Clone, Copy)]
+pub struct Registration {
+    /// The feature's name, which is the backend's name.
+    pub name: &'static str,
+    /// What it runs on, in a few words.
+    pub target: &'static str,
+    /// Opens it on the default device.
+    pub open: fn() -> Result<Box<dyn HostBackend>>,
+}
+
+/// The backends compiled into this build, best first.
+pub fn registry() -> &'static [Registration] {
+    &[
+        #[cfg(feature = "cpu")]
+        Registration {
+            name: "cpu",
+            target: "any CPU (AVX-512, AVX2, NEON, portable)",
+            open: || Ok(Box::new(crate::cpu::CpuBackend::new()?)),
+        },
+    ]
+}
+
+/// Opens a backend by name.
+///
+/// # Errors
+/// [`MlaError::Absent`] where this build does not contain it or it cannot run here.
+pub fn open(name: &str) -> Result<Box<dyn HostBackend>> {
+    match registry().iter().find(|r| r.name == name) {
+        Some(registration) => (registration.open)(),
+        None => {
+            let built: Vec<_> = registry().iter().map(|r| r.name).collect();
+            Err(MlaError::Absent {
+                backend: name.to_string(),
+                reason: format!("this build contains {}", built.join(", ")),
+            })
+        }
+    }
+}
+
+/// A backend that was passed over, and why.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Refusal {
+    /// The backend's name.
+    pub name: &'static str,
+    /// Absent or unsupported, with the reason.
+    pub reason: MlaError,
+}
+
+/// Opens the best backend that runs here and supports the problem.
+///
+/// # Errors
+/// Every backend of the build with its refusal.
+pub fn select(problem: &Problem) -> std::result::Result<Box<dyn HostBackend>, Vec<Refusal>> {
+    let mut refusals = Vec::new();
+    for registration in registry() {
+        let opened = (registration.open)().and_then(|b| match b.supports(problem) {
+            Ok(()) => Ok(b),
+            Err(refused) => Err(refused.into()),
+        });
+        match opened {
+            Ok(backend) => return Ok(backend),
+            Err(reason) => refusals.push(Refusal { name: registration.name, reason }),
+        }
+    }
+    Err(refusals)
+}

@@ -1,0 +1,1 @@
+//! Golden files, random problems, and the one routine that checks a backend with them.

@@ -1,0 +1,31 @@
+//! Multi-head Latent Attention (MLA) decoding over a paged KV cache: the job of DeepSeek's FlashMLA, on every
+//! accelerator, behind one trait, checked by one set of golden vectors.
+//!
+//! Four values, in this order: [`Problem`] -> [`Schedule`] -> [`Workspace`] -> [`MlaBackend::run`].
+
+#![warn(missing_docs)]
+#![warn(unsafe_op_in_unsafe_fn)]
+
+pub mod backend;
+pub mod call;
+#[cfg(feature = "conformance")]
+pub mod conformance;
+#[cfg(feature = "cpu")]
+pub mod cpu;
+pub mod error;
+pub mod problem;
+pub mod reference;
+pub mod schedule;
+pub mod tensor;
+pub mod workspace;
+
+pub use backend::{
+    BackendInfo, Evidence, HostBackend, MlaBackend, Timing, Unsupported, flash_mla_with_kvcache, open, registry, select,
+};
+pub use call::{Inputs, KvCache, Outputs, Query};
+pub use error::{MlaError, Result};
+pub use problem::{KvFormat, Mask, Problem};
+pub use reference::{merge_partials, scaled_dot_product_attention};
+pub use schedule::{Schedule, ScheduleOptions, SplitPolicy, get_mla_metadata};
+pub use tensor::{DType, Device, Element, TensorView, TensorViewMut};
+pub use workspace::{HostWorkspace, Workspace};

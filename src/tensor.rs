@@ -1,0 +1,517 @@
+//! Tensors over memory that the caller owns: address, element type, shape, strides, device.
+//!
+//! Nothing here allocates or copies. Strides are counted in elements, are never negative, and may be anything that
+//! stays inside the memory given. Offsets are 64-bit.
+
+use std::any::Any;
+use std::fmt;
+use std::marker::PhantomData;
+
+use half::{bf16, f16};
+
+use crate::error::{MlaError, Result};
+
+/// Most dimensions a tensor of the contract has.
+pub const MAX_RANK: usize = 4;
+
+/// Element types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DType {
+    /// bfloat16.
+    Bf16,
+    /// IEEE binary16.
+    F16,
+    /// IEEE binary32.
+    F32,
+    /// 32-bit signed integer: block tables and lengths.
+    I32,
+}
+
+impl DType {
+    /// Bytes an element takes.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::Bf16 | DType::F16 => 2,
+            DType::F32 | DType::I32 => 4,
+        }
+    }
+
+    /// The lower-case name: `bf16`, `f16`, `f32`, `i32`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::Bf16 => "bf16",
+            DType::F16 => "f16",
+            DType::F32 => "f32",
+            DType::I32 => "i32",
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A Rust type that a tensor can hold.
+pub trait Element: bytemuck::Pod + Send + Sync + 'static {
+    /// Its [`DType`].
+    const DTYPE: DType;
+}
+impl Element for bf16 {
+    const DTYPE: DType = DType::Bf16;
+}
+impl Element for f16 {
+    const DTYPE: DType = DType::F16;
+}
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+impl Element for i32 {
+    const DTYPE: DType = DType::I32;
+}
+
+/// Where memory lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Device {
+    /// Memory of this process.
+    Host,
+    /// Device number `ordinal` of the platform a backend of that name drives (`cuda`, `hip`, `wgpu`, ...).
+    Accelerator {
+        /// The platform.
+        platform: &'static str,
+        /// The device's number there.
+        ordinal: u32,
+    },
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Host => f.write_str("host"),
+            Device::Accelerator { platform, ordinal } => write!(f, "{platform}:{ordinal}"),
+        }
+    }
+}
+
+/// The memory under a tensor.
+#[derive(Clone, Copy)]
+pub(crate) enum Memory<'a> {
+    /// An address: of this process on [`Device::Host`], of the device elsewhere.
+    Address(u64),
+    /// A buffer object of a platform without addresses (`wgpu::Buffer`), and the byte the tensor starts at.
+    #[allow(dead_code, reason = "read by backends whose platform has no addresses")]
+    Object(&'a (dyn Any + Send + Sync), u64),
+}
+
+/// A tensor that is read. See the [module](self) for what it may look like.
+#[derive(Clone, Copy)]
+pub struct TensorView<'a> {
+    memory: Memory<'a>,
+    bytes: u64,
+    device: Device,
+    dtype: DType,
+    rank: usize,
+    shape: [usize; MAX_RANK],
+    strides: [usize; MAX_RANK],
+    borrow: PhantomData<&'a [u8]>,
+}
+
+// SAFETY: a view only reads memory it borrows for 'a, as a shared slice would; device addresses are plain numbers.
+unsafe impl Send for TensorView<'_> {}
+// SAFETY: as above; no interior mutability.
+unsafe impl Sync for TensorView<'_> {}
+
+/// Strides of a tensor without gaps, last dimension innermost.
+pub fn contiguous_strides(shape: &[usize]) -> [usize; MAX_RANK] {
+    let mut strides = [1usize; MAX_RANK];
+    for i in (0..shape.len().saturating_sub(1)).rev() {
+        strides[i] = strides[i + 1].saturating_mul(shape[i + 1].max(1));
+    }
+    strides
+}
+
+impl<'a> TensorView<'a> {
+    /// A tensor without gaps over a slice. The slice may be longer than the tensor.
+    ///
+    /// # Errors
+    /// [`MlaError::Rank`], [`MlaError::StrideOverrun`], [`MlaError::Overflow`].
+    pub fn from_slice<T: Element>(param: &'static str, data: &'a [T], shape: &[usize]) -> Result<Self> {
+        Self::from_slice_strided(param, data, shape, &contiguous_strides(shape)[..shape.len().min(MAX_RANK)])
+    }
+
+    /// A tensor with strides (in elements) over a slice.
+    ///
+    /// # Errors
+    /// [`MlaError::Rank`], [`MlaError::StrideOverrun`], [`MlaError::Overflow`].
+    pub fn from_slice_strided<T: Element>(
+        param: &'static str,
+        data: &'a [T],
+        shape: &[usize],
+        strides: &[usize],
+    ) -> Result<Self> {
+        // SAFETY: the slice is valid for reads for 'a and its length is what is claimed.
+        unsafe {
+            Self::from_raw_parts(
+                param,
+                data.as_ptr() as u64,
+                std::mem::size_of_val(data) as u64,
+                T::DTYPE,
+                shape,
+                strides,
+                Device::Host,
+            )
+        }
+    }
+
+    /// A tensor over memory named by its address: of this process, or of a device.
+    ///
+    /// # Errors
+    /// [`MlaError::Rank`], [`MlaError::StrideOverrun`], [`MlaError::Overflow`], [`MlaError::Alignment`].
+    ///
+    /// # Safety
+    /// `address` must be readable for `bytes` bytes on `device` for all of `'a`, and what enqueued work reads must
+    /// stay so until that work is done. Nothing may write there meanwhile, except work ordered on the same stream.
+    pub unsafe fn from_raw_parts(
+        param: &'static str,
+        address: u64,
+        bytes: u64,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[usize],
+        device: Device,
+    ) -> Result<Self> {
+        let align = dtype.size();
+        if bytes > 0 && !address.is_multiple_of(align as u64) {
+            return Err(MlaError::Alignment { param, value: address, limit: align });
+        }
+        Self::build(param, Memory::Address(address), bytes, dtype, shape, strides, device)
+    }
+
+    /// A tensor over a buffer object of a platform without addresses, from byte `offset` of it, `bytes` long.
+    ///
+    /// # Errors
+    /// [`MlaError::Rank`], [`MlaError::StrideOverrun`], [`MlaError::Overflow`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn from_object(
+        param: &'static str,
+        object: &'a (dyn Any + Send + Sync),
+        offset: u64,
+        bytes: u64,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[usize],
+        device: Device,
+    ) -> Result<Self> {
+        Self::build(param, Memory::Object(object, offset), bytes, dtype, shape, strides, device)
+    }
+
+    fn build(
+        param: &'static str,
+        memory: Memory<'a>,
+        bytes: u64,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[usize],
+        device: Device,
+    ) -> Result<Self> {
+        let rank = shape.len();
+        if rank == 0 || rank > MAX_RANK {
+            return Err(MlaError::Rank { param, value: rank, limit: MAX_RANK });
+        }
+        if strides.len() != rank {
+            return Err(MlaError::Rank { param, value: strides.len(), limit: rank });
+        }
+        let mut view = TensorView {
+            memory,
+            bytes,
+            device,
+            dtype,
+            rank,
+            shape: [1; MAX_RANK],
+            strides: [1; MAX_RANK],
+            borrow: PhantomData,
+        };
+        view.shape[..rank].copy_from_slice(shape);
+        view.strides[..rank].copy_from_slice(strides);
+        let needed = view.extent_bytes(param)?;
+        if needed > bytes {
+            return Err(MlaError::StrideOverrun { param, value: needed, limit: bytes });
+        }
+        Ok(view)
+    }
+
+    /// Bytes from the first element to the end of the last one; 0 where the tensor is empty.
+    fn extent_bytes(&self, param: &'static str) -> Result<u64> {
+        let overflow = || MlaError::Overflow {
+            param,
+            value: format!("shape {:?} x strides {:?}", self.shape(), self.strides()),
+            limit: isize::MAX as u64,
+        };
+        if self.is_empty() {
+            return Ok(0);
+        }
+        let mut last: u64 = 0;
+        for (n, stride) in self.shape().iter().zip(self.strides()) {
+            let step = (*n as u64 - 1).checked_mul(*stride as u64).ok_or_else(overflow)?;
+            last = last.checked_add(step).ok_or_else(overflow)?;
+        }
+        let end = last.checked_add(1).and_then(|e| e.checked_mul(self.dtype.size() as u64)).ok_or_else(overflow)?;
+        if end > isize::MAX as u64 { Err(overflow()) } else { Ok(end) }
+    }
+
+    /// Sizes, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape[..self.rank]
+    }
+    /// Strides in elements, outermost first.
+    pub fn strides(&self) -> &[usize] {
+        &self.strides[..self.rank]
+    }
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+    /// Where the memory lives.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+    /// The size of the memory under the tensor, in bytes, gaps and slack included.
+    pub fn memory_bytes(&self) -> u64 {
+        self.bytes
+    }
+    /// Whether a dimension is 0.
+    pub fn is_empty(&self) -> bool {
+        self.shape().contains(&0)
+    }
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        self.shape().iter().product()
+    }
+    /// The address of the first element; `None` on platforms without addresses.
+    pub fn address(&self) -> Option<u64> {
+        match self.memory {
+            Memory::Address(a) => Some(a),
+            Memory::Object(..) => None,
+        }
+    }
+    /// The buffer object and the byte offset of the first element; `None` where memory has addresses.
+    pub fn object(&self) -> Option<(&'a (dyn Any + Send + Sync), u64)> {
+        match self.memory {
+            Memory::Object(o, offset) => Some((o, offset)),
+            Memory::Address(_) => None,
+        }
+    }
+    /// The typed pointer of a host tensor.
+    ///
+    /// # Errors
+    /// [`MlaError::WrongDevice`], [`MlaError::DTypeMismatch`].
+    pub fn host_ptr<T: Element>(&self, param: &'static str) -> Result<*const T> {
+        if self.dtype != T::DTYPE {
+            return Err(MlaError::DTypeMismatch { param, value: self.dtype, limit: T::DTYPE });
+        }
+        match (self.memory, self.device) {
+            (Memory::Address(a), Device::Host) => Ok(a as *const T),
+            _ => Err(MlaError::WrongDevice { param, value: self.device, limit: Device::Host }),
+        }
+    }
+
+    /// The memory under a host tensor as bytes, gaps and slack included.
+    ///
+    /// # Errors
+    /// [`MlaError::WrongDevice`].
+    pub fn host_bytes(&self, param: &'static str) -> Result<&'a [u8]> {
+        match (self.memory, self.device) {
+            (Memory::Address(_), Device::Host) if self.bytes == 0 => Ok(&[]),
+            // SAFETY: the constructor's contract: readable for `bytes` bytes during 'a.
+            (Memory::Address(a), Device::Host) => {
+                Ok(unsafe { std::slice::from_raw_parts(a as *const u8, self.bytes as usize) })
+            }
+            _ => Err(MlaError::WrongDevice { param, value: self.device, limit: Device::Host }),
+        }
+    }
+
+    /// Element offset of an index; the index must be inside the shape.
+    pub fn offset(&self, index: &[usize]) -> usize {
+        debug_assert!(index.len() == self.rank && index.iter().zip(self.shape()).all(|(i, n)| i < n));
+        index.iter().zip(self.strides()).map(|(i, s)| i * s).sum()
+    }
+
+    /// One element of a host tensor as `T`; `None` outside the shape, or for another device or type.
+    pub fn get<T: Element>(&self, index: &[usize]) -> Option<T> {
+        let inside = index.len() == self.rank && index.iter().zip(self.shape()).all(|(i, n)| i < n);
+        let ptr = self.host_ptr::<T>("").ok()?;
+        // SAFETY: the index is inside the shape and the constructor checked that the shape stays inside the memory.
+        inside.then(|| unsafe { ptr.add(self.offset(index)).read() })
+    }
+
+    /// One element of a host tensor of any floating type, as f64. Same conditions as [`get`](Self::get).
+    pub fn get_f64(&self, index: &[usize]) -> Option<f64> {
+        match self.dtype {
+            DType::Bf16 => self.get::<bf16>(index).map(|x| x.to_f64()),
+            DType::F16 => self.get::<f16>(index).map(|x| x.to_f64()),
+            DType::F32 => self.get::<f32>(index).map(f64::from),
+            DType::I32 => None,
+        }
+    }
+
+    /// The half-open range of addresses from the first element to the end of the last.
+    pub(crate) fn address_range(&self) -> Option<std::ops::Range<u64>> {
+        let start = self.address()?;
+        let extent = self.extent_bytes("").ok()?;
+        Some(start..start + extent)
+    }
+}
+
+impl fmt::Debug for TensorView<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{:?} strides {:?} on {}", self.dtype, self.shape(), self.strides(), self.device)
+    }
+}
+
+/// A tensor that is written. [`as_view`](TensorViewMut::as_view) reads it.
+pub struct TensorViewMut<'a> {
+    view: TensorView<'a>,
+    borrow: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> TensorViewMut<'a> {
+    /// A tensor without gaps over a slice. The slice may be longer than the tensor.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_slice`].
+    pub fn from_slice<T: Element>(param: &'static str, data: &'a mut [T], shape: &[usize]) -> Result<Self> {
+        let strides = contiguous_strides(shape);
+        Self::from_slice_strided(param, data, shape, &strides[..shape.len().min(MAX_RANK)])
+    }
+
+    /// A tensor with strides (in elements) over a slice.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_slice_strided`]. Aliasing strides are reported by `run`.
+    pub fn from_slice_strided<T: Element>(
+        param: &'static str,
+        data: &'a mut [T],
+        shape: &[usize],
+        strides: &[usize],
+    ) -> Result<Self> {
+        let (address, bytes) = (data.as_mut_ptr() as u64, std::mem::size_of_val(data) as u64);
+        // SAFETY: the exclusive borrow of the slice lasts for 'a, and the length is what is claimed.
+        unsafe { Self::from_raw_parts(param, address, bytes, T::DTYPE, shape, strides, Device::Host) }
+    }
+
+    /// A tensor over memory named by its address.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_raw_parts`].
+    ///
+    /// # Safety
+    /// As [`TensorView::from_raw_parts`], for reads and writes, and nothing else may use the memory meanwhile.
+    pub unsafe fn from_raw_parts(
+        param: &'static str,
+        address: u64,
+        bytes: u64,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[usize],
+        device: Device,
+    ) -> Result<Self> {
+        // SAFETY: the caller's promise is stronger than what a view needs.
+        let view = unsafe { TensorView::from_raw_parts(param, address, bytes, dtype, shape, strides, device)? };
+        Ok(TensorViewMut { view, borrow: PhantomData })
+    }
+
+    /// A tensor over a buffer object of a platform without addresses.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_object`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn from_object(
+        param: &'static str,
+        object: &'a (dyn Any + Send + Sync),
+        offset: u64,
+        bytes: u64,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[usize],
+        device: Device,
+    ) -> Result<Self> {
+        let view = TensorView::from_object(param, object, offset, bytes, dtype, shape, strides, device)?;
+        Ok(TensorViewMut { view, borrow: PhantomData })
+    }
+
+    /// The tensor as one that is read.
+    pub fn as_view(&self) -> TensorView<'_> {
+        self.view
+    }
+    /// Sizes, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        self.view.shape()
+    }
+    /// Strides in elements, outermost first.
+    pub fn strides(&self) -> &[usize] {
+        self.view.strides()
+    }
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.view.dtype
+    }
+
+    /// A shorter exclusive borrow of the same tensor.
+    pub fn reborrow(&mut self) -> TensorViewMut<'_> {
+        TensorViewMut { view: self.view, borrow: PhantomData }
+    }
+
+    /// The typed pointer of a host tensor, for writing.
+    ///
+    /// # Errors
+    /// As [`TensorView::host_ptr`].
+    pub fn host_ptr_mut<T: Element>(&mut self, param: &'static str) -> Result<*mut T> {
+        self.view.host_ptr::<T>(param).map(|p| p.cast_mut())
+    }
+
+    /// The memory under a host tensor as bytes, gaps and slack included.
+    ///
+    /// # Errors
+    /// [`MlaError::WrongDevice`].
+    pub fn host_bytes_mut(&mut self, param: &'static str) -> Result<&mut [u8]> {
+        match (self.view.memory, self.view.device) {
+            (Memory::Address(_), Device::Host) if self.view.bytes == 0 => Ok(&mut []),
+            // SAFETY: this value holds the exclusive borrow of the memory, and lends it on for as long as it is
+            // borrowed itself; the constructor's contract gives the length.
+            (Memory::Address(a), Device::Host) => {
+                Ok(unsafe { std::slice::from_raw_parts_mut(a as *mut u8, self.view.bytes as usize) })
+            }
+            _ => Err(MlaError::WrongDevice { param, value: self.view.device, limit: Device::Host }),
+        }
+    }
+
+    /// Checks that no two elements share an address: every stride must clear all that lies below it.
+    ///
+    /// Sorting dimensions by stride, each stride must exceed the extent of the smaller ones. That admits every
+    /// permutation and padding of a dense tensor; it refuses interleavings that are injective only by number theory.
+    pub(crate) fn check_no_alias(&self, param: &'static str) -> Result<()> {
+        if self.view.is_empty() {
+            return Ok(());
+        }
+        let mut dims: Vec<usize> = (0..self.view.rank).filter(|d| self.view.shape[*d] > 1).collect();
+        dims.sort_by_key(|d| self.view.strides[*d]);
+        let mut extent = 1usize;
+        for d in dims {
+            let stride = self.view.strides[d];
+            if stride < extent {
+                return Err(MlaError::StrideAlias { param, dim: d, value: stride, limit: extent });
+            }
+            extent = extent.saturating_add((self.view.shape[d] - 1).saturating_mul(stride));
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for TensorViewMut<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.view.fmt(f)
+    }
+}
