@@ -386,6 +386,8 @@ pub struct Registration {
     pub name: &'static str,
     /// What it runs on, in a few words.
     pub target: &'static str,
+    /// What it can serve on any device it is for, asked without opening one. The support matrix is made of these answers.
+    pub supports: fn(&Problem) -> std::result::Result<(), Unsupported>,
     /// Opens it on the default device.
     pub open: fn() -> Result<Box<dyn HostBackend>>,
 }
@@ -397,6 +399,7 @@ pub fn registry() -> &'static [Registration] {
         Registration {
             name: "cpu",
             target: "any CPU (AVX-512, AVX2, NEON, portable)",
+            supports: |_| Ok(()),
             open: || Ok(Box::new(crate::cpu::CpuBackend::new()?)),
         },
     ]
