@@ -2,6 +2,7 @@
 //!
 //! `cargo test`, the command line and every backend's own runs use [`check`]; nothing else decides what passes.
 
+mod allowance;
 mod call;
 mod check;
 pub mod golden;

@@ -185,7 +185,7 @@ impl HostTensor {
     }
 
     /// Stores `value`, rounded to the element type, at an index. Nothing happens outside the shape.
-    pub fn set_f64(&mut self, index: &[usize], value: f64) {
+    pub fn set(&mut self, index: &[usize], value: f64) {
         if index.len() != self.shape.len() || index.iter().zip(&self.shape).any(|(i, n)| i >= n) {
             return;
         }
@@ -193,10 +193,19 @@ impl HostTensor {
         let (at, dtype) = (element * self.dtype.size(), self.dtype);
         let bytes = &mut self.bytes_mut()[at..];
         match dtype {
-            DType::Bf16 => bytes[..2].copy_from_slice(&bf16::from_f64(value).to_ne_bytes()),
-            DType::F16 => bytes[..2].copy_from_slice(&f16::from_f64(value).to_ne_bytes()),
-            DType::F32 => bytes[..4].copy_from_slice(&(value as f32).to_ne_bytes()),
             DType::I32 => bytes[..4].copy_from_slice(&(value as i32).to_ne_bytes()),
+            _ => store(dtype, &mut bytes[..dtype.size()], value as f32),
+        }
+    }
+
+    /// Sets every element to what `value` says for its index.
+    pub(super) fn fill(&mut self, mut value: impl FnMut(&[usize]) -> f32) {
+        let (size, dtype) = (self.dtype.size(), self.dtype);
+        let mut stores = Vec::new();
+        self.for_each_offset(|index, at| stores.push((at, value(index))));
+        let bytes = self.bytes_mut();
+        for (at, x) in stores {
+            store(dtype, &mut bytes[at..at + size], x);
         }
     }
 
@@ -256,7 +265,16 @@ fn slice_mut<T: bytemuck::Pod>(bytes: &mut [u8]) -> &mut [T] {
     bytemuck::cast_slice_mut(&mut bytes[..whole])
 }
 
-pub(super) fn element_f64(dtype: DType, bytes: &[u8]) -> f64 {
+fn store(dtype: DType, bytes: &mut [u8], value: f32) {
+    match dtype {
+        DType::Bf16 => bytes.copy_from_slice(&bf16::from_f32(value).to_ne_bytes()),
+        DType::F16 => bytes.copy_from_slice(&f16::from_f32(value).to_ne_bytes()),
+        DType::F32 => bytes.copy_from_slice(&value.to_ne_bytes()),
+        DType::I32 => bytes.copy_from_slice(&(value as i32).to_ne_bytes()),
+    }
+}
+
+fn element_f64(dtype: DType, bytes: &[u8]) -> f64 {
     match dtype {
         DType::Bf16 => bf16::from_ne_bytes([bytes[0], bytes[1]]).to_f64(),
         DType::F16 => f16::from_ne_bytes([bytes[0], bytes[1]]).to_f64(),
