@@ -395,6 +395,13 @@ pub struct Registration {
 /// The backends compiled into this build, best first.
 pub fn registry() -> &'static [Registration] {
     &[
+        #[cfg(feature = "sm90")]
+        Registration {
+            name: crate::cuda::sm90::NAME,
+            target: "NVIDIA Hopper (compute capability 9.0)",
+            supports: crate::cuda::sm90::supports,
+            open: || Ok(Box::new(crate::cuda::sm90::Sm90Backend::new()?)),
+        },
         #[cfg(feature = "cpu")]
         Registration {
             name: "cpu",

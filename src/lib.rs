@@ -12,6 +12,8 @@ pub mod call;
 pub mod conformance;
 #[cfg(feature = "cpu")]
 pub mod cpu;
+#[cfg(feature = "sm90")]
+pub mod cuda;
 pub mod error;
 pub mod problem;
 pub mod reference;

@@ -1,0 +1,122 @@
+//! Lists the kernel sources of the enabled CUDA backends, and compiles them to cubins where nvcc is found.
+//!
+//! Without nvcc the crate builds all the same: kernels are then compiled on the user's machine, by NVRTC.
+
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Name, source file, defines: the same table that the crate loads kernels by.
+type Unit = (&'static str, &'static str, &'static [&'static str]);
+#[path = "src/cuda/sm90/units.rs"]
+mod sm90;
+
+/// Names nvcc; empty or `none` means that none is to be used.
+const NVCC_VARIABLE: &str = "POLYMLA_NVCC";
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_SM90").is_some() {
+        kernels("sm90", "compute_90a", "sm_90a", sm90::UNITS);
+    }
+}
+
+/// Writes `<backend>_kernels.rs` into OUT_DIR: `FILES`, the sources, and `EMBEDDED`, the cubins.
+fn kernels(backend: &str, virtual_arch: &str, arch: &str, units: &[Unit]) {
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let folder = root.join("backends").join(backend);
+    println!("cargo:rerun-if-changed={}", folder.display());
+    println!("cargo:rerun-if-changed=src/cuda/{backend}/units.rs");
+
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(&folder).map(|entries| entries.flatten().map(|entry| entry.path()).collect()).unwrap_or_default();
+    files.retain(|path| path.extension().is_some_and(|e| e == "cu" || e == "h"));
+    files.sort();
+    let mut text = String::from("pub(crate) const FILES: &[(&str, &str)] = &[\n");
+    for path in &files {
+        let name = path.file_name().expect("a listed file").to_string_lossy();
+        writeln!(text, "    ({name:?}, include_str!({:?})),", path.display().to_string()).expect("to a string");
+    }
+    text.push_str("];\npub(crate) const EMBEDDED: &[(&str, &[u8])] = &[\n");
+    for (unit, cubin) in compile(&folder, &out.join(backend), virtual_arch, arch, units) {
+        writeln!(text, "    ({unit:?}, include_bytes!({:?})),", cubin.display().to_string()).expect("to a string");
+    }
+    text.push_str("];\n");
+    fs::write(out.join(format!("{backend}_kernels.rs")), text).expect("OUT_DIR can be written");
+}
+
+/// The cubins of the units that nvcc could compile.
+fn compile(folder: &Path, out: &Path, virtual_arch: &str, arch: &str, units: &[Unit]) -> Vec<(&'static str, PathBuf)> {
+    let Some(nvcc) = find_nvcc() else {
+        println!("cargo:warning=nvcc not found: no kernels are embedded, NVRTC compiles them at first use");
+        return Vec::new();
+    };
+    fs::create_dir_all(out).expect("OUT_DIR can be written");
+    let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize).clamp(1, units.len().max(1));
+    let (next, done) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some((name, file, defines)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let cubin = out.join(format!("{name}.cubin"));
+                    let result = Command::new(&nvcc)
+                        .args(["-std=c++17", "-O3", "-cubin", "-gencode"])
+                        .arg(format!("arch={virtual_arch},code={arch}"))
+                        .args(defines.iter().map(|d| format!("-D{d}")))
+                        .arg("-o")
+                        .arg(&cubin)
+                        .arg(folder.join(file))
+                        .output();
+                    let result = match result {
+                        Ok(output) if output.status.success() => Ok(cubin),
+                        Ok(output) => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+                        Err(e) => Err(e.to_string()),
+                    };
+                    done.lock().expect("no thread panics while it holds this").push((*name, result));
+                }
+            });
+        }
+    });
+    let mut done = done.into_inner().expect("no thread panics while it holds this");
+    done.sort_by_key(|(name, _)| *name);
+    let mut cubins = Vec::new();
+    for (name, result) in done {
+        match result {
+            Ok(cubin) => cubins.push((name, cubin)),
+            Err(why) => {
+                let first = why.lines().find(|line| line.contains("error")).or(why.lines().next()).unwrap_or("");
+                println!("cargo:warning={} did not compile {name}, which is not embedded: {first}", nvcc.display());
+            }
+        }
+    }
+    cubins
+}
+
+fn find_nvcc() -> Option<PathBuf> {
+    for variable in [NVCC_VARIABLE, "CUDA_HOME", "CUDA_PATH", "PATH", "DOCS_RS"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    if env::var_os("DOCS_RS").is_some() {
+        return None;
+    }
+    let set = |variable| env::var_os(variable).filter(|v| !v.is_empty());
+    if let Some(named) = env::var_os(NVCC_VARIABLE) {
+        if named.is_empty() || named == "none" {
+            return None;
+        }
+        let path = PathBuf::from(named);
+        if !path.exists() {
+            println!("cargo:warning={NVCC_VARIABLE} names {}, which is not there", path.display());
+        }
+        return path.exists().then_some(path);
+    }
+    let name = if cfg!(windows) { "nvcc.exe" } else { "nvcc" };
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(set).map(|home| PathBuf::from(home).join("bin"));
+    let path = set("PATH").unwrap_or_default();
+    homes.chain(env::split_paths(&path)).map(|folder| folder.join(name)).find(|nvcc| nvcc.is_file())
+}

@@ -1,0 +1,323 @@
+//! From kernel sources to functions on the device.
+//!
+//! A *unit* is one source file with one set of defines; it makes one cubin. In this order: the cubin that build.rs
+//! embedded (where it found nvcc), the disk cache, NVRTC. A cubin that the driver refuses (nvcc newer than the driver,
+//! another chip) is passed over, and the next source of it is tried.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule};
+
+use super::cache::{DiskCache, Key};
+use super::context::Context;
+use super::nvrtc::{Compiled, Nvrtc, Source};
+use crate::error::{MlaError, Result};
+
+/// Names a folder to read kernel sources from instead of those built in. Saves rebuilding Rust while tuning.
+pub const KERNEL_DIR_VARIABLE: &str = "POLYMLA_KERNEL_DIR";
+
+/// Name, source file, defines.
+pub(crate) type Unit = (&'static str, &'static str, &'static [&'static str]);
+
+/// The kernels of one backend, as they were when this crate was built.
+pub(crate) struct KernelSet {
+    /// The backend.
+    pub(crate) backend: &'static str,
+    /// What is compiled for: `sm_90a`.
+    pub(crate) arch: &'static str,
+    /// Sources and headers, by file name.
+    pub(crate) files: &'static [(&'static str, &'static str)],
+    pub(crate) units: &'static [Unit],
+    /// Cubins by unit name; empty where build.rs found no nvcc.
+    pub(crate) embedded: &'static [(&'static str, &'static [u8])],
+}
+
+type File = (Cow<'static, str>, Cow<'static, str>);
+
+impl KernelSet {
+    fn unit(&self, name: &str) -> Result<Unit> {
+        self.units.iter().find(|(n, ..)| *n == name).copied().ok_or_else(|| self.error("unit", format!("no {name}")))
+    }
+
+    fn error(&self, call: &'static str, message: String) -> MlaError {
+        MlaError::Platform { backend: self.backend, call, message }
+    }
+
+    /// The files to compile, and whether they are the ones that the embedded cubins were made of.
+    fn files(&self) -> Result<(Vec<File>, bool)> {
+        let Some(folder) = std::env::var_os(KERNEL_DIR_VARIABLE).filter(|v| !v.is_empty()) else {
+            let built_in = self.files.iter().map(|(name, text)| (Cow::Borrowed(*name), Cow::Borrowed(*text)));
+            return Ok((built_in.collect(), true));
+        };
+        let read = || -> std::io::Result<Vec<File>> {
+            let mut files = Vec::new();
+            for entry in std::fs::read_dir(&folder)? {
+                let path = entry?.path();
+                if let (Some(name), Some("cu" | "h")) =
+                    (path.file_name().and_then(|n| n.to_str()), path.extension().and_then(|e| e.to_str()))
+                {
+                    files.push((name.to_string().into(), std::fs::read_to_string(&path)?.into()));
+                }
+            }
+            // The order of a folder is no property of its files, and the key of the cache is made of all of them.
+            files.sort();
+            Ok(files)
+        };
+        let files = read().map_err(|e| self.error(KERNEL_DIR_VARIABLE, format!("{}: {e}", folder.display())))?;
+        Ok((files, false))
+    }
+
+    fn options(&self, defines: &[&str]) -> Vec<String> {
+        let mut options = vec!["-std=c++17".to_string(), format!("--gpu-architecture={}", self.arch)];
+        options.extend(defines.iter().map(|d| format!("-D{d}")));
+        options
+    }
+
+    fn compile(&self, nvrtc: &Nvrtc, files: &[File], unit: Unit, extra: &[&str]) -> Result<Compiled> {
+        let (_, file, defines) = unit;
+        let headers: Vec<(&str, &str)> =
+            files.iter().filter(|(name, _)| name.ends_with(".h")).map(|(n, t)| (&**n, &**t)).collect();
+        let mut options = self.options(defines);
+        options.extend(extra.iter().map(|o| (*o).to_string()));
+        nvrtc.compile(&Source { name: file, text: self.text(files, file)?, headers: &headers }, &options)
+    }
+
+    fn text<'a>(&self, files: &'a [File], file: &str) -> Result<&'a str> {
+        let found = files.iter().find(|(name, _)| name == file);
+        found.map(|(_, text)| &**text).ok_or_else(|| self.error("unit", format!("source {file} is missing")))
+    }
+
+    fn key(&self, nvrtc: &Nvrtc, files: &[File], unit: Unit) -> Result<Key> {
+        let (_, file, defines) = unit;
+        let (options, version) = (self.options(defines).join("\0"), format!("{:?}", nvrtc.version()));
+        let headers = files.iter().filter(|(name, _)| name.ends_with(".h"));
+        let texts = headers.flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]);
+        let own = [self.text(files, file)?, self.arch, &options, &version];
+        Ok(Key::new(own.into_iter().map(str::as_bytes).chain(texts)))
+    }
+
+    /// Compiles every unit with the NVRTC library of this path, with the compiler's resource report in each log.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`], with the unit and the log.
+    pub(crate) fn compile_all(&self, library: &Path) -> Result<Vec<(&'static str, Compiled)>> {
+        let nvrtc = Nvrtc::load(library)?;
+        let (files, _) = self.files()?;
+        let one = |unit: &Unit| Ok((unit.0, self.compile(&nvrtc, &files, *unit, &["--ptxas-options=-v"])?));
+        self.units.iter().map(one).collect()
+    }
+}
+
+/// Where a module's binary came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    Embedded,
+    Cache,
+    Nvrtc,
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Origin::Embedded => "embedded",
+            Origin::Cache => "from the disk cache",
+            Origin::Nvrtc => "compiled by NVRTC",
+        })
+    }
+}
+
+/// A cubin loaded into a context.
+pub(crate) struct Module {
+    context: Arc<Context>,
+    handle: CUmodule,
+    origin: Origin,
+}
+
+// SAFETY: module and function handles may be used from any thread.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+impl Module {
+    fn load(context: &Arc<Context>, cubin: &[u8], origin: Origin) -> Result<Module> {
+        let _current = context.enter()?;
+        let mut handle: CUmodule = std::ptr::null_mut();
+        // The driver reads the length from the file's own header: it must at least have one.
+        if !cubin.starts_with(b"\x7fELF") || cubin.len() < 64 {
+            return Err(MlaError::Platform {
+                backend: "cuda",
+                call: "cuModuleLoadData",
+                message: "not a cubin".into(),
+            });
+        }
+        // SAFETY: a cubin made by a compiler, whole by checksum where it comes from the disk.
+        unsafe { context.driver().cuModuleLoadData(&raw mut handle, cubin.as_ptr().cast())? };
+        Ok(Module { context: context.clone(), handle, origin })
+    }
+
+    /// Where the binary came from.
+    pub(crate) fn origin(&self) -> Origin {
+        self.origin
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        let current = self.context.enter();
+        // SAFETY: unloaded once, by the last of its functions.
+        let _ = current.and_then(|_current| unsafe { self.context.driver().cuModuleUnload(self.handle) });
+    }
+}
+
+/// A kernel, with the shared memory it may use.
+pub(crate) struct Function {
+    module: Arc<Module>,
+    handle: CUfunction,
+    shared_bytes: u32,
+}
+
+// SAFETY: as for `Module`.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Function {
+    /// The kernel of this name, allowed `shared_bytes` of dynamic shared memory.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`].
+    pub(crate) fn new(module: &Arc<Module>, name: &str, shared_bytes: u32) -> Result<Function> {
+        let context = &module.context;
+        let _current = context.enter()?;
+        let mut handle: CUfunction = std::ptr::null_mut();
+        let lookup = CString::new(name).unwrap_or_default();
+        // SAFETY: a live module and a null-terminated name.
+        unsafe { context.driver().cuModuleGetFunction(&raw mut handle, module.handle, lookup.as_ptr()) }.map_err(
+            |e| match e {
+                MlaError::Platform { backend, call, message } => {
+                    MlaError::Platform { backend, call, message: format!("{name}: {message}") }
+                }
+                other => other,
+            },
+        )?;
+        // Above 48 KiB a kernel has to be told.
+        if shared_bytes > 48 * 1024 {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a live function.
+            unsafe { context.driver().cuFuncSetAttribute(handle, attribute, shared_bytes as i32)? };
+        }
+        Ok(Function { module: module.clone(), handle, shared_bytes })
+    }
+
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.module.context
+    }
+    pub(crate) fn handle(&self) -> CUfunction {
+        self.handle
+    }
+    pub(crate) fn shared_bytes(&self) -> u32 {
+        self.shared_bytes
+    }
+}
+
+/// The modules of a kernel set in one context, each loaded when it is first needed.
+pub(crate) struct Loader {
+    context: Arc<Context>,
+    set: &'static KernelSet,
+    files: Vec<File>,
+    use_embedded: bool,
+    cache: Option<DiskCache>,
+    compilers: OnceLock<(Vec<Nvrtc>, Vec<String>)>,
+    modules: Mutex<BTreeMap<&'static str, Arc<Module>>>,
+}
+
+impl Loader {
+    /// # Errors
+    /// [`MlaError::Platform`] where the folder of [`KERNEL_DIR_VARIABLE`] cannot be read.
+    pub(crate) fn new(context: &Arc<Context>, set: &'static KernelSet) -> Result<Loader> {
+        let (files, use_embedded) = set.files()?;
+        Ok(Loader {
+            context: context.clone(),
+            set,
+            files,
+            use_embedded,
+            cache: DiskCache::of_environment(),
+            compilers: OnceLock::new(),
+            modules: Mutex::default(),
+        })
+    }
+
+    /// The module of a unit, loaded or compiled if it was not yet.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`] with everything that was tried.
+    pub(crate) fn module(&self, unit: &str) -> Result<Arc<Module>> {
+        let unit = self.set.unit(unit)?;
+        let loaded = || self.modules.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(module) = loaded().get(unit.0) {
+            return Ok(module.clone());
+        }
+        // Not under the lock, so that units compile in parallel. Two threads may load the same one; the first stays.
+        let module = Arc::new(self.load(unit)?);
+        Ok(loaded().entry(unit.0).or_insert(module).clone())
+    }
+
+    /// The modules of several units, compiled in parallel where they have to be.
+    ///
+    /// # Errors
+    /// As [`module`](Self::module).
+    pub(crate) fn modules(&self, units: &[&str]) -> Result<Vec<Arc<Module>>> {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = units.iter().map(|unit| scope.spawn(|| self.module(unit))).collect();
+            let joined = threads.into_iter().map(|thread| thread.join());
+            joined.map(|r| r.unwrap_or_else(|_| Err(self.set.error("compile", "the thread panicked".into())))).collect()
+        })
+    }
+
+    fn load(&self, unit: Unit) -> Result<Module> {
+        let mut reasons = Vec::new();
+        if let Some((_, cubin)) = self.set.embedded.iter().find(|(name, _)| self.use_embedded && *name == unit.0) {
+            match Module::load(&self.context, cubin, Origin::Embedded) {
+                Ok(module) => return Ok(module),
+                Err(e) => reasons.push(format!("embedded: {e}")),
+            }
+        }
+        let (compilers, missing) = self.compilers.get_or_init(|| {
+            let candidates = Nvrtc::candidates(self.context.driver().version().0);
+            let (found, missing): (Vec<_>, Vec<_>) = candidates.iter().map(|c| Nvrtc::load(c)).partition(Result::is_ok);
+            let words = missing.into_iter().filter_map(|e| e.err().map(|e| e.to_string())).collect();
+            (found.into_iter().flatten().collect(), words)
+        });
+        if compilers.is_empty() {
+            reasons.extend(missing.iter().cloned());
+        }
+        for nvrtc in compilers {
+            match self.load_with(nvrtc, unit) {
+                Ok(module) => return Ok(module),
+                Err(e) => reasons.push(format!("{}: {e}", nvrtc.path().display())),
+            }
+        }
+        Err(self.set.error("kernel loading", format!("unit {}: {}", unit.0, reasons.join("; "))))
+    }
+
+    fn load_with(&self, nvrtc: &Nvrtc, unit: Unit) -> Result<Module> {
+        let key = self.set.key(nvrtc, &self.files, unit)?;
+        let name = format!("{}-{}", self.set.backend, unit.0);
+        if let Some(cubin) = self.cache.as_ref().and_then(|cache| cache.read(&name, key)) {
+            // A cached cubin that is refused (the driver was changed) falls through to the compiler.
+            if let Ok(module) = Module::load(&self.context, &cubin, Origin::Cache) {
+                return Ok(module);
+            }
+        }
+        let compiled = self.set.compile(nvrtc, &self.files, unit, &[])?;
+        let module = Module::load(&self.context, &compiled.cubin, Origin::Nvrtc)?;
+        if let Some(cache) = &self.cache {
+            cache.write(&name, key, &compiled.cubin);
+        }
+        Ok(module)
+    }
+}

@@ -1,0 +1,248 @@
+//! One step: what the kernels are told, and their launches. Allocates nothing, waits for nothing.
+
+use std::ffi::c_void;
+
+use cudarc::driver::sys::CUtensorMap;
+
+use super::maps::CachePart;
+use super::params::{DecodeParams, FLAG_OUT_VEC16, TensorMap};
+use super::plan::{Sm90Schedule, usable_pages_per_seq};
+use super::variant::{Form, Variant, m_tiles};
+use super::{NAME, Sm90Backend};
+use crate::backend::Unsupported;
+use crate::call::{Inputs, KvCache, Outputs, Query};
+use crate::cuda::launch::Launch;
+use crate::cuda::stream::Stream;
+use crate::error::{MlaError, Result};
+use crate::problem::{Mask, Problem};
+use crate::tensor::TensorView;
+use crate::workspace::Workspace;
+
+/// Rows of q and KV move 16 bytes at a time.
+const ROW_ALIGN: u64 = 16;
+/// The same in elements of 16 bits.
+const ROW_ALIGN_ELEMENTS: usize = 8;
+/// Alignment of the workspace.
+const WORKSPACE_ALIGN: u64 = 128;
+
+/// Threads of the decode kernel.
+pub(super) const DECODE_THREADS: u32 = 416;
+
+/// Smallest scale the kernels take: they divide nothing by it, but a maximum of -infinity * 0 would be NaN. Logits of
+/// any size below 1e20 still come out as 0, as they do with a scale of 0.
+const MIN_SCALE_LOG2: f32 = 1e-30;
+
+/// Whether the counts of a problem fit the kernels' 32-bit fields and the grid.
+pub(super) fn check_sizes(problem: &Problem) -> std::result::Result<(), Unsupported> {
+    const MAX_GRID_Y: usize = 65_535;
+    for (param, value, limit, words) in [
+        ("b", problem.b(), 65_536, "0..=65536"),
+        ("h_kv", problem.h_kv(), MAX_GRID_Y, "1..=65535"),
+        ("s_q x h_q", problem.s_q() * problem.h_q(), 1 << 24, "1..=16777216"),
+        ("page_size", problem.page_size(), 1 << 24, "1..=16777216"),
+    ] {
+        if value > limit {
+            return Err(Unsupported { backend: NAME, param, value: value.to_string(), limit: words.to_string() });
+        }
+    }
+    Ok(())
+}
+
+/// Address and strides of a tensor's outer dimensions, for reading rows of 16 bytes a step.
+fn rows(param: &'static str, view: &TensorView<'_>) -> Result<(u64, [i64; 3])> {
+    let address = view.address().unwrap_or(0);
+    if view.is_empty() {
+        return Ok((0, [0; 3]));
+    }
+    if !address.is_multiple_of(ROW_ALIGN) {
+        return Err(MlaError::Alignment { param, value: address, limit: ROW_ALIGN as usize });
+    }
+    let mut strides = [0; 3];
+    for (dim, stride) in strides.iter_mut().enumerate() {
+        // A stride that is never stepped by may be anything.
+        if view.shape()[dim] > 1 {
+            let value = view.strides()[dim];
+            if !value.is_multiple_of(ROW_ALIGN_ELEMENTS) {
+                let limit = "multiples of 8 elements".to_string();
+                return Err(Unsupported { backend: NAME, param, value: format!("stride {value}"), limit }.into());
+            }
+            *stride = value as i64;
+        }
+    }
+    Ok((address, strides))
+}
+
+/// As [`rows`], of a tensor whose last columns are a second one.
+fn rows_apart(
+    problem: &Problem,
+    (name, fused): (&'static str, &TensorView<'_>),
+    second: Option<(&'static str, Option<&TensorView<'_>>)>,
+) -> Result<[(u64, [i64; 3]); 2]> {
+    let first = rows(name, fused)?;
+    let rope = match second {
+        None => {
+            let offset = (problem.head_dim_v() * problem.dtype().size()) as u64;
+            (if first.0 == 0 { 0 } else { first.0 + offset }, first.1)
+        }
+        Some((name, Some(view))) => rows(name, view)?,
+        Some((_, None)) => (0, [0; 3]),
+    };
+    Ok([first, rope])
+}
+
+fn signed(strides: &[usize]) -> [i64; 3] {
+    [strides[0] as i64, strides[1] as i64, strides[2] as i64]
+}
+
+impl Sm90Backend {
+    pub(super) fn enqueue(
+        &self,
+        problem: &Problem,
+        schedule: &Sm90Schedule,
+        workspace: &mut Workspace<'_>,
+        inputs: &Inputs<'_>,
+        outputs: &mut Outputs<'_>,
+        stream: Stream,
+    ) -> Result<()> {
+        super::supports(problem)?;
+        inputs.validate(problem, self.info.device)?;
+        outputs.validate(problem, inputs, self.info.device)?;
+        schedule.check(problem)?;
+        let (partial_out, partial_lse) = self.partials(problem, schedule, workspace)?;
+        let mut params = params(problem, schedule, inputs, outputs)?;
+        (params.partial_out, params.partial_lse) = (partial_out, partial_lse);
+        if problem.rows() == 0 {
+            return Ok(());
+        }
+
+        let variant = Variant::of(problem);
+        let mut maps = [TensorMap(CUtensorMap { opaque: [0; 16] }); 2];
+        // Without pages nothing is ever loaded, and a map of no pages would be refused.
+        if variant.form != Form::Gather && problem.num_pages() > 0 {
+            let shape = |columns| [problem.num_pages(), problem.page_size(), problem.h_kv(), columns];
+            let unsigned = |strides: [i64; 3]| strides.map(|s| s as usize);
+            let driver = self.context.driver();
+            let ckv = CachePart {
+                address: params.ckv,
+                shape: shape(problem.head_dim_v()),
+                strides: unsigned(params.ckv_strides),
+            };
+            maps[0] = ckv.map(driver, problem.dtype())?;
+            if problem.rope() > 0 {
+                let kpe = CachePart {
+                    address: params.kpe,
+                    shape: shape(problem.rope()),
+                    strides: unsigned(params.kpe_strides),
+                };
+                maps[1] = kpe.map(driver, problem.dtype())?;
+            }
+        }
+        let (decode, combine) = (self.decode(variant)?, self.combine(problem)?);
+        let (tiles, heads) = (params.m_tiles as u32, params.h_kv as u32);
+        let cluster = if variant.form == Form::TmaPair { 2 } else { 1 };
+        let [ckv, kpe] = &mut maps;
+        let shape = |grid, block, cluster| Launch { grid, block, cluster, programmatic: true };
+        // SAFETY: the kernels' parameters, in order. What their addresses name is vouched for by the views, checked
+        // against the problem above, by the schedule and by the workspace, checked for its size.
+        unsafe {
+            shape([tiles, heads, params.num_parts as u32], DECODE_THREADS, cluster).enqueue(
+                decode,
+                stream,
+                &mut [
+                    (&raw mut params).cast::<c_void>(),
+                    std::ptr::from_mut(ckv).cast(),
+                    std::ptr::from_mut(kpe).cast(),
+                ],
+            )?;
+            shape(combine_grid(&params), COMBINE_THREADS, 1).enqueue(
+                combine,
+                stream,
+                &mut [(&raw mut params).cast::<c_void>()],
+            )
+        }
+    }
+
+    /// Where partial outputs and partial lse go.
+    fn partials(&self, problem: &Problem, schedule: &Sm90Schedule, workspace: &Workspace<'_>) -> Result<(u64, u64)> {
+        let (needed, device) = (schedule.workspace_bytes(problem), self.info.device);
+        if workspace.bytes() < needed {
+            return Err(MlaError::WorkspaceTooSmall { value: workspace.bytes(), limit: needed });
+        }
+        let Some(address) = workspace.address().filter(|_| workspace.device() == device) else {
+            return Err(MlaError::WrongDevice { param: "workspace", value: workspace.device(), limit: device });
+        };
+        if !address.is_multiple_of(WORKSPACE_ALIGN) {
+            return Err(MlaError::Alignment { param: "workspace", value: address, limit: WORKSPACE_ALIGN as usize });
+        }
+        Ok((address, address + schedule.workspace_layout(problem).0 as u64))
+    }
+}
+
+/// Threads of the combine kernel.
+const COMBINE_THREADS: u32 = 256;
+
+fn combine_grid(params: &DecodeParams) -> [u32; 3] {
+    [params.b as u32, params.h_kv as u32, params.m_tiles as u32]
+}
+
+/// What the kernels are told, but for the workspace.
+fn params(
+    problem: &Problem,
+    schedule: &Sm90Schedule,
+    inputs: &Inputs<'_>,
+    outputs: &Outputs<'_>,
+) -> Result<DecodeParams> {
+    let [(q_nope, q_nope_strides), (q_pe, q_pe_strides)] = match &inputs.query {
+        Query::Fused(q) => rows_apart(problem, ("q", q), None)?,
+        Query::Split { q_nope, q_pe } => rows_apart(problem, ("q_nope", q_nope), Some(("q_pe", q_pe.as_ref())))?,
+    };
+    let [(ckv, ckv_strides), (kpe, kpe_strides)] = match &inputs.kv_cache {
+        KvCache::Fused(k) => rows_apart(problem, ("k_cache", k), None)?,
+        KvCache::Split { ckv, kpe } => rows_apart(problem, ("ckv", ckv), Some(("kpe", kpe.as_ref())))?,
+    };
+    let (out, lse) = (outputs.out.as_view(), outputs.lse.as_view());
+    let (parts, num_splits, status) = schedule.addresses();
+    let address = |view: &TensorView<'_>| view.address().unwrap_or(0);
+    let aligned = address(&out).is_multiple_of(ROW_ALIGN)
+        && out.strides()[3] == 1
+        && out.strides()[..3].iter().all(|s| s.is_multiple_of(ROW_ALIGN_ELEMENTS));
+    let visible = inputs.visible_lengths.as_ref();
+    Ok(DecodeParams {
+        q_nope,
+        q_pe,
+        q_nope_strides,
+        q_pe_strides,
+        ckv,
+        kpe,
+        ckv_strides,
+        kpe_strides,
+        block_table: address(&inputs.block_table),
+        block_table_stride_b: inputs.block_table.strides()[0] as i64,
+        cache_seqlens: address(&inputs.cache_seqlens),
+        visible_lens: visible.map_or(0, address),
+        visible_lens_stride_b: visible.map_or(0, |v| v.strides()[0] as i64),
+        out: address(&out),
+        out_strides: signed(out.strides()),
+        lse: address(&lse),
+        // The contract's order is b, h_q, s_q, as here.
+        lse_strides: signed(lse.strides()),
+        parts,
+        num_splits,
+        status,
+        b: problem.b() as i32,
+        s_q: problem.s_q() as i32,
+        h_q: problem.h_q() as i32,
+        h_kv: problem.h_kv() as i32,
+        heads_per_kv: problem.heads_per_kv() as i32,
+        m_tiles: m_tiles(problem) as i32,
+        num_parts: schedule.num_parts() as i32,
+        page_size: problem.page_size() as i32,
+        num_pages: problem.num_pages() as i32,
+        max_pages_per_seq: usable_pages_per_seq(problem),
+        causal: i32::from(problem.mask() == Mask::Causal),
+        fixed_split_blocks: schedule.fixed_split_blocks(),
+        flags: if aligned { FLAG_OUT_VEC16 } else { 0 },
+        scale_log2: (problem.softmax_scale() * std::f32::consts::LOG2_E).max(MIN_SCALE_LOG2),
+        ..DecodeParams::default()
+    })
+}

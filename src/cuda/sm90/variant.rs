@@ -1,0 +1,108 @@
+//! Which decode kernel serves which problem.
+
+use super::Sm90Backend;
+use crate::cuda::kernels::Function;
+use crate::error::Result;
+use crate::problem::{BLOCK_TOKENS, Problem};
+use crate::tensor::DType;
+
+/// Query rows that one CTA handles.
+pub(super) const TILE_M: usize = 64;
+
+/// How KV reaches shared memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// TMA, one CTA an M tile.
+    Tma,
+    /// TMA, two CTAs of a cluster share the KV of two M tiles.
+    TmaPair,
+    /// cp.async, for page sizes that neither divide a block nor are made of whole ones.
+    Gather,
+}
+
+/// A decode kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Variant {
+    bf16: bool,
+    rope: bool,
+    pub(super) form: Form,
+}
+
+/// Tiles of query rows that share a KV head of a request.
+pub(super) fn m_tiles(problem: &Problem) -> usize {
+    (problem.s_q() * problem.heads_per_kv()).div_ceil(TILE_M)
+}
+
+impl Variant {
+    /// How many there are.
+    pub(super) const COUNT: usize = 12;
+
+    pub(super) fn of(problem: &Problem) -> Variant {
+        let page = problem.page_size();
+        // A page of one token would take more boxes a block than a warp has lanes.
+        let tma = page.is_multiple_of(BLOCK_TOKENS) || (page > 1 && BLOCK_TOKENS.is_multiple_of(page));
+        let form = match (tma, m_tiles(problem).is_multiple_of(2)) {
+            (false, _) => Form::Gather,
+            (true, false) => Form::Tma,
+            (true, true) => Form::TmaPair,
+        };
+        Variant { bf16: problem.dtype() == DType::Bf16, rope: problem.rope() > 0, form }
+    }
+
+    fn index(self) -> usize {
+        usize::from(!self.bf16) * 6 + usize::from(!self.rope) * 3 + self.form as usize
+    }
+
+    /// The unit that holds it; the kernel's name is this with `polymla_` before it.
+    fn unit(self) -> &'static str {
+        const NAMES: [&str; Variant::COUNT] = [
+            "decode_bf16_d576_tma",
+            "decode_bf16_d576_tma_x2",
+            "decode_bf16_d576_gather",
+            "decode_bf16_d512_tma",
+            "decode_bf16_d512_tma_x2",
+            "decode_bf16_d512_gather",
+            "decode_f16_d576_tma",
+            "decode_f16_d576_tma_x2",
+            "decode_f16_d576_gather",
+            "decode_f16_d512_tma",
+            "decode_f16_d512_tma_x2",
+            "decode_f16_d512_gather",
+        ];
+        NAMES[self.index()]
+    }
+}
+
+/// Dynamic shared memory of the decode kernels.
+pub(super) const DECODE_SHARED_BYTES: u32 = 232_448;
+
+impl Sm90Backend {
+    /// Loads what a problem needs, compiling in parallel where it has to be compiled.
+    pub(super) fn prepare(&self, problem: &Problem) -> Result<()> {
+        self.loader.modules(&["combine", Variant::of(problem).unit()])?;
+        self.decode(Variant::of(problem))?;
+        self.combine(problem).map(drop)
+    }
+
+    pub(super) fn decode(&self, variant: Variant) -> Result<&Function> {
+        let cell = &self.decode[variant.index()];
+        if let Some(function) = cell.get() {
+            return Ok(function);
+        }
+        let unit = variant.unit();
+        let module = self.loader.module(unit)?;
+        let function = Function::new(&module, &format!("polymla_{unit}"), DECODE_SHARED_BYTES)?;
+        Ok(cell.get_or_init(|| function))
+    }
+
+    pub(super) fn combine(&self, problem: &Problem) -> Result<&Function> {
+        let bf16 = problem.dtype() == DType::Bf16;
+        let cell = &self.combine[usize::from(!bf16)];
+        if let Some(function) = cell.get() {
+            return Ok(function);
+        }
+        let name = if bf16 { "polymla_combine_bf16" } else { "polymla_combine_f16" };
+        let function = Function::new(&self.loader.module("combine")?, name, 0)?;
+        Ok(cell.get_or_init(|| function))
+    }
+}
