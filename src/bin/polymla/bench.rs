@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use polymla::{HostBackend, ScheduleOptions, SplitPolicy, Timing};
+use polymla::{ScheduleOptions, SplitPolicy, Timing};
 use serde_json::json;
 
+use crate::choose;
 use crate::cpu_ceilings;
 use crate::output::{self, Outcome, short};
 use crate::roofline;
@@ -82,6 +83,8 @@ fn parse_ceilings(text: &str) -> Result<Ceilings, String> {
 /// A timed shape.
 pub struct Measured {
     pub shape: Shape,
+    /// Lengths of a ragged batch, for whoever repeats the measurement.
+    lens: Option<Vec<i32>>,
     pub us: f64,
     pub flop: f64,
     pub bytes: f64,
@@ -109,17 +112,6 @@ fn median_us(mut times: Vec<Duration>) -> f64 {
     times.get(times.len() / 2).map_or(f64::NAN, |t| t.as_secs_f64() * 1e6)
 }
 
-fn open(args: &Args, first: &Shape) -> Result<Box<dyn HostBackend>, Box<dyn std::error::Error>> {
-    if let Some(name) = &args.backend {
-        return Ok(polymla::open(name)?);
-    }
-    let problem = first.problem(&vec![first.s_k as i32; first.b])?;
-    polymla::select(&problem).map_err(|refusals| {
-        let reasons: Vec<_> = refusals.iter().map(|r| format!("{}: {}", r.name, r.reason)).collect();
-        format!("no backend serves {problem}: {}", reasons.join("; ")).into()
-    })
-}
-
 fn geometric_mean(ratios: &[f64]) -> Option<f64> {
     (!ratios.is_empty()).then(|| (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp())
 }
@@ -137,7 +129,8 @@ pub fn run(args: &Args, json: bool) -> Outcome {
         }
     };
     let Some(first) = shapes.first() else { return Err("the suite has no shapes".into()) };
-    let backend = open(args, first)?;
+    let first = first.problem(&vec![first.s_k as i32; first.b])?;
+    let backend = choose::backend(args.backend.as_deref(), &first)?;
     let recorded = Recorded::h200()?;
     // Peers were measured on one kind of device; on another one comparing with them would mean nothing.
     let same_device = backend.info().device_name.contains(&recorded.device);
@@ -162,7 +155,8 @@ pub fn run(args: &Args, json: bool) -> Outcome {
         let (flop, bytes) = (problem.flop(&lens) as f64, problem.bytes(&lens) as f64);
         let floor_us = ceilings.map(|c| c.floor_us(flop, bytes));
         let best = recorded.best(&shape).filter(|_| same_device);
-        rows.push(Measured { shape, us, flop, bytes, floor_us, best });
+        let lens = shape.varlen.then_some(lens);
+        rows.push(Measured { shape, lens, us, flop, bytes, floor_us, best });
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -179,7 +173,7 @@ pub fn run(args: &Args, json: bool) -> Outcome {
             .iter()
             .map(|m| {
                 json!({"b": m.shape.b, "s_q": m.shape.s_q, "h_q": m.shape.h_q, "s_k": m.shape.s_k,
-                    "varlen": m.shape.varlen, "dtype": m.shape.dtype.name(), "page_size": m.shape.page_size,
+                    "varlen": m.shape.varlen, "cache_seqlens": m.lens, "dtype": m.shape.dtype.name(), "page_size": m.shape.page_size,
                     "us": m.us, "gflops": m.gflops(), "gbps": m.gbps(), "floor_us": m.floor_us,
                     "percent_of_floor": m.percent_of_floor(), "best_peer": m.best.as_ref().map(|b| &b.name),
                     "best_peer_us": m.best.as_ref().map(|b| b.us), "speedup": m.speedup()})

@@ -1,6 +1,7 @@
 //! The command line: `info`, `conformance`, `decode`, `bench`.
 
 mod bench;
+mod choose;
 mod conformance;
 mod cpu_ceilings;
 mod decode;

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Passes the tests. Needs Rust; whatever else a step misses it installs into ignored folders, and says so.
+#
+#   bash scripts/test.sh
+#
+# POLYMLA_REQUIRE=cpu,sm90 turns the absence of a listed backend from a printed skip into a failure.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export POLYMLA_REQUIRE="${POLYMLA_REQUIRE:-cpu}"
+echo "== tests: default features plus the command line (required backends: $POLYMLA_REQUIRE)"
+cargo test --features cli
+echo "== tests: every feature that builds on any machine"
+cargo test --features cli,sm90
+echo "== the Hopper kernels compile, keep to their registers, and use the tensor cores (no GPU needed)"
+bash scripts/check-cuda.sh

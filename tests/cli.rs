@@ -1,0 +1,125 @@
+//! The command line as a user meets it: what it prints, and its exit status.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn polymla(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polymla"));
+    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR")).env_remove("POLYMLA_REQUIRE");
+    command.output().expect("the binary starts")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("output is UTF-8")
+}
+
+/// A file of this test's own, under the target directory.
+fn scratch(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+const SMALL: &str = "tests/golden/dense_bf16_b1_sq1_hq16_sk64.safetensors";
+
+#[test]
+fn info_lists_the_backends_and_the_matrix() {
+    let output = polymla(&["info"]);
+    assert!(output.status.success());
+    let text = text(&output.stdout);
+    assert!(text.contains("cpu") && text.contains("present"), "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 100), "a line is longer than 100 columns:\n{text}");
+}
+
+#[test]
+fn info_json_is_json() {
+    let output = polymla(&["info", "--json"]);
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert!(value["backends"].as_array().is_some_and(|list| list.iter().any(|b| b["name"] == "cpu")));
+}
+
+/// The README's support matrix is what the registry answers. Needs the column of every backend.
+#[test]
+#[cfg(feature = "sm90")]
+fn the_readme_shows_the_generated_matrix() {
+    let readme = std::fs::read_to_string("README.md").expect("README.md");
+    let matrix = text(&polymla(&["info", "--markdown"]).stdout);
+    assert!(matrix.lines().count() > 10);
+    assert!(readme.contains(&matrix), "README.md lacks the output of `polymla info --markdown`:\n{matrix}");
+}
+
+#[test]
+fn conformance_passes_on_one_file_and_writes_junit() {
+    let junit = scratch("conformance.xml");
+    let output = polymla(&["conformance", SMALL, "--backend", "cpu", "--junit", junit.to_str().unwrap()]);
+    let text = text(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("checks passed"), "{text}");
+    let xml = std::fs::read_to_string(junit).expect("the report");
+    assert!(xml.contains("<testsuite name=\"cpu\"") && xml.contains("failures=\"0\""), "{xml}");
+}
+
+#[test]
+fn conformance_fails_on_a_wrong_expectation() {
+    // The file's last tensor byte belongs to one of its values; flipping bits of the expected output must be noticed.
+    let mut bytes = std::fs::read(SMALL).expect("golden file");
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let layout: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).expect("header");
+    let begin = layout["ref_out"]["data_offsets"][0].as_u64().expect("ref_out") as usize;
+    bytes[8 + header + begin + 1] ^= 0x40;
+    let broken = scratch("broken.safetensors");
+    std::fs::write(&broken, bytes).expect("scratch file");
+    let output = polymla(&["conformance", broken.to_str().unwrap(), "--backend", "cpu"]);
+    assert!(!output.status.success());
+    assert!(text(&output.stdout).contains("FAIL"));
+}
+
+#[test]
+fn decode_writes_what_conformance_reads() {
+    let out = scratch("decoded.safetensors");
+    let output = polymla(&["decode", SMALL, out.to_str().unwrap(), "--backend", "cpu", "--json"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let bytes = std::fs::read(&out).expect("the output");
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let layout: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).expect("header");
+    assert_eq!(layout["out"]["shape"], serde_json::json!([1, 1, 16, 512]));
+    assert_eq!(layout["out"]["dtype"], "BF16");
+    assert_eq!(layout["lse"]["shape"], serde_json::json!([1, 16, 1]));
+    let range = &layout["lse"]["data_offsets"];
+    let at = |i: usize| 8 + header + range[i].as_u64().expect("offset") as usize;
+    let lse: Vec<f32> = bytes[at(0)..at(1)].chunks(4).map(|c| f32::from_le_bytes(c.try_into().unwrap())).collect();
+    assert!(lse.iter().all(|x| x.is_finite()), "{lse:?}");
+}
+
+#[test]
+fn unknown_names_are_errors_that_say_what_is_known() {
+    let output = polymla(&["decode", SMALL, "/dev/null", "--backend", "abacus"]);
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("backend abacus is absent: this build contains"), "{output:?}");
+    let output = polymla(&["bench", "--suite", "none"]);
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("must be one of cpu, h200, quick"));
+    let output = polymla(&["conformance", "no/such/file.safetensors"]);
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("no/such/file.safetensors"));
+}
+
+#[test]
+fn a_required_backend_that_is_absent_fails() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polymla"));
+    command.args(["conformance", SMALL]).current_dir(env!("CARGO_MANIFEST_DIR")).env("POLYMLA_REQUIRE", "cpu,abacus");
+    let output = command.output().expect("the binary starts");
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("abacus"), "{output:?}");
+}
+
+#[test]
+fn bench_times_a_shape_and_draws_it() {
+    let svg = scratch("roofline.svg");
+    let shape = ["--shape", "1,1,16,256", "--backend", "cpu", "--repeats", "1", "--warmups", "0", "--json"];
+    let output = polymla(&[&["bench"], &shape[..], &["--svg", svg.to_str().unwrap()]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let row = &value["rows"][0];
+    assert!(row["us"].as_f64().is_some_and(|us| us > 0.0), "{value}");
+    assert_eq!(row["best_peer"], serde_json::Value::Null, "a CPU is not compared with an H200's peers");
+    assert!(std::fs::read_to_string(svg).expect("the picture").contains("polymla"));
+}
