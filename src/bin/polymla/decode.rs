@@ -36,7 +36,7 @@ pub fn run(args: &Args, json: bool) -> Outcome {
     let start = Instant::now();
     backend.decode(&call.problem, &options, &call.inputs()?, &mut outputs.outputs()?)?;
     let ms = start.elapsed().as_secs_f64() * 1e3;
-    golden::save(&args.output, &call.problem, &outputs)?;
+    golden::save(&args.output, &call, &outputs)?;
     if json {
         output::json(&json!({"input": args.input, "output": args.output, "backend": backend.info().name,
             "problem": call.problem.to_string(), "milliseconds": ms}))?;

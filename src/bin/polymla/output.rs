@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use comfy_table::{CellAlignment, ContentArrangement, Table};
+use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent};
 
 /// A command's result: whether everything it checked passed.
 pub type Outcome = Result<bool, Box<dyn Error>>;
@@ -14,6 +14,9 @@ const WIDTH: u16 = 100;
 pub fn table(header: &[&str], first_number: usize, rows: impl IntoIterator<Item = Vec<String>>) -> Table {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    // Lines under the header and around the table are enough; one between any two rows would double its height.
+    table.remove_style(TableComponent::HorizontalLines);
+    table.remove_style(TableComponent::MiddleIntersections);
     table.set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH).set_header(header.to_vec());
     for row in rows {
         table.add_row(row);
