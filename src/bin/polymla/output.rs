@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use comfy_table::{CellAlignment, ContentArrangement, Table, TableComponent};
+use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 
 /// A command's result: whether everything it checked passed.
 pub type Outcome = Result<bool, Box<dyn Error>>;
@@ -13,10 +13,8 @@ const WIDTH: u16 = 100;
 /// A table with a header; columns from `first_number` on are right-aligned.
 pub fn table(header: &[&str], first_number: usize, rows: impl IntoIterator<Item = Vec<String>>) -> Table {
     let mut table = Table::new();
-    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
-    // Lines under the header and around the table are enough; one between any two rows would double its height.
-    table.remove_style(TableComponent::HorizontalLines);
-    table.remove_style(TableComponent::MiddleIntersections);
+    // No line between rows: it would double the table's height.
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY.row_separator(LineStyle::none()));
     table.set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH).set_header(header.to_vec());
     for row in rows {
         table.add_row(row);

@@ -1,11 +1,8 @@
 //! Random tensors for timing: normal/10 values, pages in random order.
 
+use fastrand::Rng;
 use half::{bf16, f16};
 use polymla::{DType, Inputs, KvCache, Outputs, Problem, Query, TensorView, TensorViewMut};
-use rand::rngs::SmallRng;
-use rand::seq::SliceRandom;
-use rand::{RngExt, SeedableRng};
-use rand_distr::{Distribution, Normal};
 
 use crate::suites::Shape;
 
@@ -23,33 +20,33 @@ pub struct Synthetic {
     lse: Vec<f32>,
 }
 
-/// Lengths of a ragged batch: normal around `mean` with a standard deviation of half of it, at least `s_q`, adjusted so
-/// that the total is 1.0053 x b x mean, which is what the recorded peers were given.
-fn ragged(b: usize, mean: usize, s_q: usize, rng: &mut SmallRng) -> Vec<i32> {
-    let Ok(normal) = Normal::new(mean as f64, mean as f64 / 2.0) else { return vec![mean as i32; b] };
-    let mut lens: Vec<f64> = (0..b).map(|_| normal.sample(rng).max(s_q as f64)).collect();
-    let scale = 1.0053 * (b * mean) as f64 / lens.iter().sum::<f64>();
-    lens.iter_mut().for_each(|len| *len = (*len * scale).max(s_q as f64));
-    lens.into_iter().map(|len| len as i32).collect()
+/// A value of mean 0 and standard deviation 1: four uniform ones, close enough to normal for timing and cheap to draw.
+fn normal(rng: &mut Rng) -> f32 {
+    let sum: f32 = (0..4).map(|_| rng.f32() - 0.5).sum();
+    sum * 3.0f32.sqrt()
+}
+
+/// Lengths of a ragged batch: around `mean` with a standard deviation of half of it, at least `s_q`, scaled so that the
+/// total is 1.0053 x b x mean, which is what the recorded peers were given.
+fn ragged(b: usize, mean: usize, s_q: usize, rng: &mut Rng) -> Vec<i32> {
+    let (mean, least) = (mean as f64, s_q as f64);
+    let drawn: Vec<f64> = (0..b).map(|_| (mean + mean / 2.0 * f64::from(normal(rng))).max(least)).collect();
+    let scale = 1.0053 * b as f64 * mean / drawn.iter().sum::<f64>();
+    drawn.into_iter().map(|len| (len * scale).max(least) as i32).collect()
 }
 
 /// `elements` random values of `dtype`, packed in words so that every type is aligned.
-fn values(elements: usize, dtype: DType, rng: &mut SmallRng) -> Vec<u32> {
-    let normal = |rng: &mut SmallRng| {
-        // Sum of four uniforms: close enough to a normal for timing, and many times cheaper to draw.
-        let sum: f32 = (0..4).map(|_| rng.random::<f32>() - 0.5).sum();
-        sum * (3.0f32).sqrt() / 10.0
-    };
+fn values(elements: usize, dtype: DType, rng: &mut Rng) -> Vec<u32> {
     let per_word = 4 / dtype.size();
     let words = elements.div_ceil(per_word);
     let mut data = Vec::with_capacity(words);
-    let half = |rng: &mut SmallRng| match dtype {
-        DType::F16 => u32::from(f16::from_f32(normal(rng)).to_bits()),
-        _ => u32::from(bf16::from_f32(normal(rng)).to_bits()),
+    let half = |rng: &mut Rng| match dtype {
+        DType::F16 => u32::from(f16::from_f32(normal(rng) / 10.0).to_bits()),
+        _ => u32::from(bf16::from_f32(normal(rng) / 10.0).to_bits()),
     };
     for _ in 0..words.min(DISTINCT) {
         data.push(match per_word {
-            1 => normal(rng).to_bits(),
+            1 => (normal(rng) / 10.0).to_bits(),
             _ => half(rng) | half(rng) << 16,
         });
     }
@@ -63,7 +60,7 @@ fn values(elements: usize, dtype: DType, rng: &mut SmallRng) -> Vec<u32> {
 impl Synthetic {
     /// Tensors for a shape, the same for the same seed.
     pub fn new(shape: &Shape, seed: u64) -> polymla::Result<Self> {
-        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut rng = Rng::with_seed(seed);
         let cache_seqlens = match shape.varlen {
             true => ragged(shape.b, shape.s_k, shape.s_q, &mut rng),
             false => vec![shape.s_k as i32; shape.b],
@@ -71,7 +68,7 @@ impl Synthetic {
         let problem = shape.problem(&cache_seqlens)?;
         let p = &problem;
         let mut pages: Vec<i32> = (0..p.num_pages() as i32).collect();
-        pages.shuffle(&mut rng);
+        rng.shuffle(&mut pages);
         let mut pages = pages.into_iter();
         let mut block_table = vec![-1; p.b() * p.max_pages_per_seq()];
         for (row, len) in block_table.chunks_mut(p.max_pages_per_seq().max(1)).zip(&cache_seqlens) {
