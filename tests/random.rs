@@ -1,0 +1,184 @@
+//! Random problems against the f64 reference, and what must hold bit for bit.
+
+use polymla::conformance::random::{Limits, random_call, random_options};
+use polymla::conformance::{Call, HostTensor, Layout, check_with, open_all};
+use polymla::{DType, HostBackend, Mask, Problem, ScheduleOptions, SplitPolicy};
+use proptest::prelude::*;
+
+/// Limits that proptest can shrink: with the same seed, smaller limits make a smaller problem.
+fn limits() -> impl Strategy<Value = Limits> {
+    (0..=5usize, 1..=4usize, 1..=40usize, 1..=3usize, 1..=160usize, 1..=700usize).prop_map(|(b, s_q, h, g, d, t)| {
+        Limits {
+            max_b: b,
+            max_s_q: s_q,
+            max_heads_per_kv: h,
+            max_h_kv: g,
+            max_head_dim: d,
+            max_tokens: t,
+            ..Limits::any()
+        }
+    })
+}
+
+fn agree(backend: &dyn HostBackend, call: &Call, options: &ScheduleOptions) -> Result<(), TestCaseError> {
+    let outcome = check_with(backend, call, Layout::Given, options);
+    prop_assert!(outcome.passed(), "{} on {}, {options:?}: {}", call.name, outcome.backend, outcome.failure());
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn backends_agree_with_the_reference(seed in any::<u64>().no_shrink(), limits in limits()) {
+        let call = random_call(seed, &limits).unwrap();
+        for backend in open_all().unwrap().iter().filter(|b| b.supports(&call.problem).is_ok()) {
+            agree(backend.as_ref(), &call, &random_options(seed))?;
+        }
+    }
+}
+
+proptest! {
+    // DeepSeek's head sizes, which backends have kernels of their own for; long enough for many splits.
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn backends_agree_at_deepseek_sizes(seed in any::<u64>().no_shrink(), b in 0..=6usize, tokens in 1..=5000usize) {
+        let limits = Limits { max_b: b, max_tokens: tokens, max_work: 20_000_000, ..Limits::deepseek() };
+        let call = random_call(seed, &limits).unwrap();
+        for backend in open_all().unwrap().iter().filter(|b| b.supports(&call.problem).is_ok()) {
+            agree(backend.as_ref(), &call, &random_options(seed))?;
+        }
+    }
+}
+
+/// The bytes of `out` and `lse` that a backend returns for a call.
+fn results(backend: &dyn HostBackend, call: &Call, options: &ScheduleOptions) -> (Vec<u8>, Vec<u8>) {
+    let mut results = call.poisoned_outputs().unwrap();
+    backend.decode(&call.problem, options, &call.inputs().unwrap(), &mut results.outputs().unwrap()).unwrap();
+    (results.out.to_dense_bytes(), results.lse.to_dense_bytes())
+}
+
+/// Request `i` of a call in the fused layout, alone.
+fn alone(call: &Call, i: usize) -> Call {
+    let p = &call.problem;
+    let problem = Problem::builder(1)
+        .s_q(p.s_q())
+        .h_q(p.h_q())
+        .h_kv(p.h_kv())
+        .head_dim_k(p.head_dim_k())
+        .head_dim_v(p.head_dim_v())
+        .num_pages(p.num_pages())
+        .page_size(p.page_size())
+        .max_pages_per_seq(p.max_pages_per_seq())
+        .dtype(p.dtype())
+        .mask(p.mask())
+        .softmax_scale(p.softmax_scale())
+        .build()
+        .unwrap();
+    let tensors = call.tensors.iter().map(|(name, t)| {
+        if *name == "k_cache" {
+            return (*name, t.clone());
+        }
+        let mut shape = t.shape().to_vec();
+        let dense = t.to_dense_bytes();
+        let one = dense.len() / shape[0];
+        shape[0] = 1;
+        (*name, HostTensor::from_bytes(name, t.dtype(), &shape, &dense[i * one..][..one]).unwrap())
+    });
+    Call { problem, tensors: tensors.collect(), output_strides: None, expected: None, ..call.clone() }
+}
+
+#[test]
+fn batch_invariant_rows_have_the_same_bits_in_every_batch() {
+    let mut compared = 0;
+    for backend in open_all().unwrap() {
+        for seed in 0..60 {
+            let limits = if seed % 4 == 0 {
+                Limits { max_work: 3_000_000, ..Limits::deepseek() }
+            } else {
+                Limits { max_work: 500_000, ..Limits::any() }
+            };
+            let call = random_call(seed, &limits).unwrap().with_layout(Layout::Fused).unwrap();
+            if backend.supports(&call.problem).is_err() {
+                continue;
+            }
+            let policy = SplitPolicy::BatchInvariant { split_blocks: 1 + seed as u32 % 4 };
+            let (out, lse) = results(backend.as_ref(), &call, &ScheduleOptions { num_sm_parts: None, policy });
+            for i in 0..call.problem.b() {
+                // Another number of parts must not matter either.
+                let options = ScheduleOptions { num_sm_parts: Some(1 + i), policy };
+                let (o, l) = results(backend.as_ref(), &alone(&call, i), &options);
+                assert_eq!(o, out[i * o.len()..][..o.len()], "out of request {i} of {}", call.name);
+                assert_eq!(l, lse[i * l.len()..][..l.len()], "lse of request {i} of {}", call.name);
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 100, "only {compared} rows compared");
+}
+
+#[test]
+fn runs_repeat_bit_for_bit() {
+    for backend in open_all().unwrap() {
+        for seed in 0..30 {
+            let call = random_call(seed, &Limits { max_work: 500_000, ..Limits::any() }).unwrap();
+            if backend.supports(&call.problem).is_ok() {
+                let options = random_options(seed);
+                let first = results(backend.as_ref(), &call, &options);
+                assert_eq!(first, results(backend.as_ref(), &call, &options), "{}", call.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn causal_is_the_visible_lengths_it_stands_for() {
+    for backend in open_all().unwrap() {
+        let mut seen = 0;
+        for seed in 0..60 {
+            let call = random_call(seed, &Limits { max_work: 200_000, ..Limits::any() }).unwrap();
+            if call.problem.mask() != Mask::Causal || backend.supports(&call.problem).is_err() {
+                continue;
+            }
+            let call = call.with_layout(Layout::Fused).unwrap();
+            let p = call.problem.clone();
+            let rows = call.cache_seqlens().into_iter().flat_map(|n| (0..p.s_q()).map(move |j| (n as usize, j)));
+            let visible: Vec<i32> = rows.map(|(n, j)| (n + j + 1).saturating_sub(p.s_q()) as i32).collect();
+            let mut other = call.clone();
+            other.problem = Problem::builder(p.b())
+                .s_q(p.s_q())
+                .h_q(p.h_q())
+                .h_kv(p.h_kv())
+                .head_dim_k(p.head_dim_k())
+                .head_dim_v(p.head_dim_v())
+                .num_pages(p.num_pages())
+                .page_size(p.page_size())
+                .max_pages_per_seq(p.max_pages_per_seq())
+                .dtype(p.dtype())
+                .mask(Mask::VisibleLengths)
+                .softmax_scale(p.softmax_scale())
+                .build()
+                .unwrap();
+            let shape = [p.b(), p.s_q()];
+            let visible = HostTensor::from_i32("visible_lengths", &shape, &visible).unwrap();
+            other.tensors.push(("visible_lengths", visible));
+            let options = random_options(seed);
+            if backend.supports(&other.problem).is_ok() {
+                seen += 1;
+                let (a, b) = (results(backend.as_ref(), &call, &options), results(backend.as_ref(), &other, &options));
+                assert!(a == b, "{}", call.name);
+            }
+        }
+        assert!(seen > 5, "only {seen} causal problems");
+    }
+}
+
+#[test]
+fn tensors_of_every_type_were_seen() {
+    // Guards the generator: a type that never comes up would never be tested.
+    for dtype in [DType::Bf16, DType::F16, DType::F32] {
+        let small = Limits { max_work: 1000, ..Limits::any() };
+        assert!((0..50).any(|seed| random_call(seed, &small).unwrap().problem.dtype() == dtype));
+    }
+}
