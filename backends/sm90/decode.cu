@@ -1,0 +1,96 @@
+// Dense MLA decoding, split over KV: the main kernel.
+//
+// Tile      64 packed query rows (s_q x heads of one kv head) x 64 tokens, O 64 x 512 f32.
+// Roles     warps 0-3   Q K^T and softmax, Q in registers      decode_qk.h
+//           warps 4-7   P V, O columns   0..256                decode_pv.h
+//           warps 8-11  P V, O columns 256..512                decode_pv.h
+//           Whoever frees a piece of shared memory refills it  decode_load.h
+//           warp 0 also walks the schedule                     decode_walk.h
+// Registers 384 threads, 192 / 160 / 160 a thread: all 64 Ki of the SM.
+// Shared    three KV stages of 64 KiB, one rope tile, two P buffers: 226 KiB.
+// Pipeline  the tensor cores alternate between Q K^T(j+1) and P V(j); the softmax of
+//           block j+1 runs under P V(j).
+//
+//   tensor   | Q K^T j+1   | P V j       | Q K^T j+2   | P V j+1     |
+//   QK warps | issue, wait | softmax j+1 | issue, wait | softmax j+2 |
+//   TMA      | ... load j+2              | load j+3 (the stage of j)  ...
+//
+// Grid (m_tiles, h_kv, num_parts), one CTA an SM, persistent over its part of the
+// schedule. The cluster form pairs neighbouring M tiles (m_tiles even) and multicasts KV.
+#include "decode_pv.h"
+
+namespace polymla {
+
+template <class Elem, bool ROPE, int CLUSTER, bool GATHER>
+PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const TensorMap* map_kpe) {
+    extern __shared__ __align__(1024) char smem_raw[];
+    const u32 smem = smem_addr(smem_raw);
+    const u32 warp = threadIdx.x / 32;
+
+    if (threadIdx.x == 128) {
+        if (!GATHER) {
+            tma_prefetch_map(map_ckv);
+            if (ROPE) tma_prefetch_map(map_kpe);
+        }
+        for (u32 i = 0; i < STAGES; ++i) {
+            mbar_init(smem + Smem::full_l + i * 8, GATHER ? 128 : 1);
+            mbar_init(smem + Smem::full_r + i * 8, GATHER ? 128 : 1);
+            mbar_init(smem + Smem::empty_l + i * 8, 2);
+            mbar_init(smem + Smem::empty_r + i * 8, 2);
+        }
+        mbar_init(smem + Smem::full_rope, GATHER ? 128 : 1);
+        mbar_init(smem + Smem::done_rope, 4);
+        mbar_init(smem + Smem::done_half, 4);
+        mbar_init(smem + Smem::done_half + 8, 4);
+        for (u32 i = 0; i < P_BUFS; ++i) {
+            mbar_init(smem + Smem::p_full + i * 8, 4);
+            mbar_init(smem + Smem::p_empty + i * 8, 8);
+            mbar_init(smem + Smem::gate + i * 8, 1);
+        }
+        mbar_init_fence();
+    }
+    pdl_wait();
+    if (warp == 0) {
+        walk_start(p, smem);
+        for (u32 seg = 0; seg < 3; ++seg) walk_step<Elem>(p, smem, seg);
+    }
+    if (CLUSTER == 1)
+        __syncthreads();
+    else
+        cluster_sync();
+    pdl_launch_dependents();
+
+    if (warp < 4) {
+        reg_inc<192>();
+        QkWarpgroup<Elem, ROPE, GATHER>::run(p, map_kpe, smem);
+    } else {
+        reg_dec<160>();
+        PvWarpgroup<Elem, CLUSTER, GATHER>::run(p, map_ckv, smem, warp / 4 - 1);
+    }
+    // A CTA may not leave while its peer still multicasts into it or arrives on its barriers.
+    if (CLUSTER != 1) cluster_sync();
+}
+
+}  // namespace polymla
+
+#define POLYMLA_DECODE(NAME, ELEM, ROPE, CLUSTER, GATHER)                                                    \
+    extern "C" __global__ void __launch_bounds__(384, 1)                                                     \
+        NAME(const __grid_constant__ polymla::DecodeParams p, const __grid_constant__ polymla::TensorMap ckv, \
+             const __grid_constant__ polymla::TensorMap kpe) {                                               \
+        polymla::decode<polymla::ELEM, ROPE, CLUSTER, GATHER>(p, &ckv, &kpe);                                \
+    }
+
+POLYMLA_DECODE(polymla_decode_bf16_d576_tma, Bf16, true, 1, false)
+#ifndef POLYMLA_ONE_KERNEL
+POLYMLA_DECODE(polymla_decode_bf16_d576_tma_x2, Bf16, true, 2, false)
+POLYMLA_DECODE(polymla_decode_bf16_d576_gather, Bf16, true, 1, true)
+POLYMLA_DECODE(polymla_decode_bf16_d512_tma, Bf16, false, 1, false)
+POLYMLA_DECODE(polymla_decode_bf16_d512_tma_x2, Bf16, false, 2, false)
+POLYMLA_DECODE(polymla_decode_bf16_d512_gather, Bf16, false, 1, true)
+POLYMLA_DECODE(polymla_decode_f16_d576_tma, F16, true, 1, false)
+POLYMLA_DECODE(polymla_decode_f16_d576_tma_x2, F16, true, 2, false)
+POLYMLA_DECODE(polymla_decode_f16_d576_gather, F16, true, 1, true)
+POLYMLA_DECODE(polymla_decode_f16_d512_tma, F16, false, 1, false)
+POLYMLA_DECODE(polymla_decode_f16_d512_tma_x2, F16, false, 2, false)
+POLYMLA_DECODE(polymla_decode_f16_d512_gather, F16, false, 1, true)
+#endif

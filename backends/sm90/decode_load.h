@@ -1,0 +1,163 @@
+// Filling the KV stages. There is no producer warp: registers are spoken for. The warpgroup
+// that frees a piece of a stage refills it, three blocks ahead: each PV warpgroup its half
+// of the 512 columns right after P V(j), the QK warpgroup the rope columns after Q K^T(j).
+//
+// TMA form: boxes of 64 columns x min(page_size, 64) tokens, evict-first, issued by one warp,
+// one lane a page. In a cluster of two CTAs (two M tiles of the same request) CTA 0 loads the
+// left halves of every block, CTA 1 the right halves, each multicast to both.
+//
+// Gather form: any page size, 16 bytes a cp.async, 128 threads a half.
+//
+// Table entries are checked here, before anything is read through them; an invalid one marks
+// the segment (the QK warpgroup turns that into NaN) and names the request in the status word.
+#pragma once
+
+#include "tile.h"
+
+namespace polymla {
+
+PM_DEV void report_bad(const DecodeParams& p, int req) {
+    if (p.status) atomicMin(p.status, req);
+}
+
+// Where this lane's page of a block lies, for TMA.
+struct BoxAt {
+    int boxes;      // pages (boxes per 64 columns) of the block that hold keys
+    int page;       // this lane's, valid below `boxes`
+    int token;      // first token within the page
+    u32 offset;     // of the page's rows within a sub-tile
+    u32 row_bytes;  // bytes per sub-tile
+};
+
+PM_DEV BoxAt locate(const DecodeParams& p, u32 rec, int blk) {
+    const int lane = threadIdx.x % 32;
+    const int req = ld_shared(rec + SEG_REQ);
+    const int* table = p.block_table + i64(req) * p.block_table_stride_b;
+    BoxAt at{1, 0, 0, 0, 64 * 128};
+    int index = blk;
+    if (p.page_size < BLOCK) {
+        const int per_block = BLOCK / p.page_size;
+        const int valid = ld_shared(rec + SEG_LEN) - blk * BLOCK;
+        at.boxes = valid < BLOCK ? (valid + p.page_size - 1) / p.page_size : per_block;
+        at.offset = u32(lane * p.page_size) * 128;
+        at.row_bytes = u32(at.boxes * p.page_size) * 128;
+        index = blk * per_block + lane;
+    } else if (p.page_size > BLOCK) {
+        const int per_page = p.page_size / BLOCK;
+        index = blk / per_page;
+        at.token = (blk - index * per_page) * BLOCK;
+    }
+    if (lane < at.boxes) {
+        at.page = __ldg(table + index);
+        if (u32(at.page) >= u32(p.num_pages)) {
+            at.page = 0;
+            st_shared(rec + SEG_BAD, 1);
+            report_bad(p, req);
+        }
+    }
+    return at;
+}
+
+// One warp of the PV warpgroup of `half`: block `blk` of segment `seg` into `stage`, whose use
+// has `parity`. All warps of the warpgroup must be done with the previous use.
+template <int CLUSTER>
+PM_DEV void load_half_tma(const DecodeParams& p, const TensorMap* map, u32 smem, u32 seg, int blk, u32 half, u32 stage,
+                          u32 parity) {
+    const int lane = threadIdx.x % 32;
+    const BoxAt at = locate(p, segment_record(smem, seg), blk);
+    const u32 full = smem + (half ? Smem::full_r : Smem::full_l) + stage * 8;
+    const u32 dst = smem + Smem::kv + stage * STAGE_BYTES + half * HALF + at.offset;
+    __syncwarp();
+    if (CLUSTER == 1) {
+        if (lane == 0) mbar_expect_tx(full, at.row_bytes * 4);
+        __syncwarp();
+        if (lane < at.boxes) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+                tma_load_kv(dst + c * SUB, map, full, half * 256 + c * 64, at.token, blockIdx.y, at.page);
+        }
+    } else {
+        // Both CTAs arm their own barrier, then tell the half's owner that the stage is free.
+        const u32 empty = smem + (half ? Smem::empty_r : Smem::empty_l) + stage * 8;
+        if (lane == 0) {
+            mbar_expect_tx(full, at.row_bytes * 4);
+            mbar_arrive_cluster(empty, half);
+        }
+        __syncwarp();
+        if (cluster_rank() == half) {
+            mbar_wait_cluster(empty, parity);
+            if (lane < at.boxes) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c)
+                    tma_load_kv_multicast(dst + c * SUB, map, full, half * 256 + c * 64, at.token, blockIdx.y, at.page,
+                                          u16(3));
+            }
+        }
+    }
+}
+
+PM_DEV void load_rope_tma(const DecodeParams& p, const TensorMap* map, u32 smem, u32 seg, int blk) {
+    const int lane = threadIdx.x % 32;
+    const BoxAt at = locate(p, segment_record(smem, seg), blk);
+    __syncwarp();
+    if (lane == 0) mbar_expect_tx(smem + Smem::full_rope, at.row_bytes);
+    __syncwarp();
+    if (lane < at.boxes)
+        tma_load_kv(smem + Smem::rope + at.offset, map, smem + Smem::full_rope, 0, at.token, blockIdx.y, at.page);
+}
+
+// Page and offset of token `tok`, checked.
+PM_DEV void find_token(const DecodeParams& p, u32 rec, int tok, int& page, int& offset) {
+    const int req = ld_shared(rec + SEG_REQ);
+    const int index = tok / p.page_size;
+    offset = tok - index * p.page_size;
+    page = __ldg(p.block_table + i64(req) * p.block_table_stride_b + index);
+    if (u32(page) >= u32(p.num_pages)) {
+        page = 0;
+        st_shared(rec + SEG_BAD, 1);
+        report_bad(p, req);
+    }
+}
+
+// All 128 threads of the PV warpgroup of `half`; a warp copies a row's 512 bytes at a time.
+PM_DEV void load_half_gather(const DecodeParams& p, u32 smem, u32 seg, int blk, u32 half, u32 stage) {
+    const u32 warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const u32 rec = segment_record(smem, seg);
+    const int valid = ld_shared(rec + SEG_LEN) - blk * BLOCK;
+    const u16* mine = nullptr;      // lane l looks up row 4 l + warp
+    const int my_row = int(lane % 16 * 4 + warp);
+    if (my_row < valid) {
+        int page, offset;
+        find_token(p, rec, blk * BLOCK + my_row, page, offset);
+        mine = reinterpret_cast<const u16*>(p.ckv) + i64(page) * p.ckv_stride_page + i64(offset) * p.ckv_stride_token +
+               i64(blockIdx.y) * p.ckv_stride_head + half * 256;
+    }
+    __syncwarp();
+    const u32 dst = smem + Smem::kv + stage * STAGE_BYTES + half * HALF + (lane / 8) * SUB;
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) {
+        const u16* src = reinterpret_cast<const u16*>(__shfl_sync(0xffffffffu, u64(mine), i));
+        const u32 row = u32(4 * i) + warp;
+        if (int(row) < valid) cp_async16(dst + swizzle(row, lane % 8), src + lane * 8);
+    }
+    cp_async_arrive(smem + (half ? Smem::full_r : Smem::full_l) + stage * 8);
+}
+
+// All 128 threads of the QK warpgroup.
+PM_DEV void load_rope_gather(const DecodeParams& p, u32 smem, u32 seg, int blk) {
+    const u32 tid = threadIdx.x % 128;
+    const u32 rec = segment_record(smem, seg);
+    const int valid = ld_shared(rec + SEG_LEN) - blk * BLOCK;
+#pragma unroll 1
+    for (u32 row = tid / 8; row < BLOCK; row += 16) {
+        if (int(row) >= valid) break;
+        int page, offset;
+        find_token(p, rec, blk * BLOCK + int(row), page, offset);
+        const u16* src = reinterpret_cast<const u16*>(p.kpe) + i64(page) * p.kpe_stride_page +
+                         i64(offset) * p.kpe_stride_token + i64(blockIdx.y) * p.kpe_stride_head;
+        cp_async16(smem + Smem::rope + swizzle(row, tid % 8), src + tid % 8 * 8);
+    }
+    cp_async_arrive(smem + Smem::full_rope);
+}
+
+}  // namespace polymla

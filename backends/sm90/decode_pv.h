@@ -1,0 +1,210 @@
+// The two PV warpgroups: O += P V, one half of the 512 columns each, 64 x 256 f32 in
+// 128 registers a thread; then the epilogue straight from registers.
+//
+// A whole request is written to `out`; a piece of one goes to the workspace, normalised,
+// in fragment order with its base-2 log-sum-exp. The epilogue touches no shared memory,
+// so the producer and the QK warpgroup are already at work on the next request.
+#pragma once
+
+#include "decode_qk.h"
+
+namespace polymla {
+
+constexpr float LN2 = 0.6931471805599453f;
+
+template <class Elem, int CLUSTER, bool GATHER>
+struct PvWarpgroup {
+    // Zeroes V rows [valid, 64) of this half: their bytes may be NaN, and 0 * NaN is NaN.
+    static PM_DEV void zero_tail(u32 half_addr, int valid, u32 half) {
+        const u32 tid = threadIdx.x % 128;
+        for (u32 u = u32(valid) * 32 + tid; u < BLOCK * 32; u += 128) {
+            const u32 row = u / 32, unit = u % 32;
+            st_shared_v4(half_addr + (unit / 8) * SUB + swizzle(row, unit % 8), 0, 0, 0, 0);
+        }
+        fence_async_shared();
+        named_barrier(BAR_TAIL + half, 128);
+    }
+
+    static PM_DEV void store_partial(const DecodeParams& p, const float (&o)[128], i64 tile, u32 half) {
+        const u32 warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
+        const float* dst = p.partial_out + (((tile * 4 + warp) * 2 + half) * 1024 + lane) * 4;
+#pragma unroll
+        for (int i = 0; i < 32; ++i)
+            asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(dst + i * 128), "f"(o[4 * i]),
+                         "f"(o[4 * i + 1]), "f"(o[4 * i + 2]), "f"(o[4 * i + 3])
+                         : "memory");
+    }
+
+    // One packed row of this half, 32 columns at a time: the quad transposes its words so
+    // that every lane stores 16 contiguous bytes.
+    template <int WHICH>
+    static PM_DEV void store_row(const DecodeParams& p, const float (&o)[128], int req, RowIndex r, u32 half) {
+        const u32 t = threadIdx.x % 4;
+        u16* dst = reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(r.s) * p.out_stride_s +
+                   i64(r.h) * p.out_stride_h + half * 256 + t * 8;
+        const bool vec = p.flags & FLAG_OUT_VEC16;
+#pragma unroll
+        for (int i = 0; i < 32; i += 4) {
+            u32 w[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) w[k] = pack2<Elem>(o[4 * (i + k) + 2 * WHICH], o[4 * (i + k) + 2 * WHICH + 1]);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const u32 got = __shfl_xor_sync(0xffffffffu, (t & 2) ? w[k] : w[k + 2], 2);
+                if (t & 2) w[k] = got; else w[k + 2] = got;
+            }
+#pragma unroll
+            for (int k = 0; k < 4; k += 2) {
+                const u32 got = __shfl_xor_sync(0xffffffffu, (t & 1) ? w[k] : w[k + 1], 1);
+                if (t & 1) w[k] = got; else w[k + 1] = got;
+            }
+            if (r.valid) store_words(dst + i * 8, w, vec);
+        }
+    }
+
+    static PM_DEV void store_words(u16* dst, const u32 (&w)[4], bool vec) {
+        if (vec) {
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(dst), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                         : "memory");
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                dst[2 * k] = u16(w[k]);
+                dst[2 * k + 1] = u16(w[k] >> 16);
+            }
+        }
+    }
+
+    // lse of this thread's two rows, by the left warpgroup's first lane of each quad.
+    static PM_DEV void store_lse(const DecodeParams& p, const float (&l)[2], const float (&m)[2], int req, int slot) {
+        const u32 warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
+        const float inf = __int_as_float(0x7f800000);
+        if (lane % 4 != 0) return;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int row = int(warp * 16 + lane / 4) + 8 * k;
+            if (slot >= 0) {
+                const i64 tile = partial_tile(p, slot, blockIdx.y, blockIdx.x);
+                p.partial_lse[tile * TILE_M + row] = l[k] == 0.0f ? -inf : log2f(l[k]) + m[k];
+            } else {
+                const RowIndex r(p, blockIdx.x * TILE_M + row);
+                if (r.valid)
+                    p.lse[i64(req) * p.lse_stride_b + i64(r.h) * p.lse_stride_h + i64(r.s) * p.lse_stride_s] =
+                        l[k] == 0.0f ? inf : logf(l[k]) + m[k] * LN2;
+            }
+        }
+    }
+
+    // O / l, in place, then out. l is 0 where no key was seen and NaN for an invalid request.
+    static PM_DEV void store(const DecodeParams& p, float (&o)[128], const float (&l)[2], const float (&m)[2], int req,
+                             int slot, u32 half) {
+        const u32 warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
+        const int first = int(blockIdx.x * TILE_M + warp * 16);
+        if (first >= p.s_q * p.heads_per_kv) return;
+        if (half == 0) store_lse(p, l, m, req, slot);
+        const float inv0 = l[0] == 0.0f ? 0.0f : 1.0f / l[0];
+        const float inv1 = l[1] == 0.0f ? 0.0f : 1.0f / l[1];
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            o[4 * i] *= inv0;
+            o[4 * i + 1] *= inv0;
+            o[4 * i + 2] *= inv1;
+            o[4 * i + 3] *= inv1;
+        }
+        fence_regs(o);
+        if (slot >= 0) {
+            store_partial(p, o, partial_tile(p, slot, blockIdx.y, blockIdx.x), half);
+        } else {
+            store_row<0>(p, o, req, RowIndex(p, first + int(lane / 4)), half);
+            store_row<1>(p, o, req, RowIndex(p, first + int(lane / 4) + 8), half);
+        }
+    }
+
+    // Loads block `blk` of segment `seg` (or where the walk leads from there) into a free stage.
+    static PM_DEV void load(const DecodeParams& p, const TensorMap* map, u32 smem, u32 seg, int blk, u32 half, u32 stage,
+                            u32 parity) {
+        if (!normalise(smem, seg, blk)) return;
+        if (GATHER)
+            load_half_gather(p, smem, seg, blk, half, stage);
+        else
+            load_half_tma<CLUSTER>(p, map, smem, seg, blk, half, stage, parity);
+    }
+
+    static PM_DEV void run(const DecodeParams& p, const TensorMap* map, u32 smem, u32 half) {
+        const u32 warp = threadIdx.x / 32 % 4;
+        float o[128];
+        Ring kv;
+        u32 item = 0;
+
+        if (GATHER || warp == 0) {
+            const int begin = ld_shared(segment_record(smem, 0) + SEG_BEGIN);
+#pragma unroll 1
+            for (int i = 0; i < STAGES; ++i) load(p, map, smem, 0, begin + i, half, i, 0);
+        }
+#pragma unroll 1
+        for (u32 seg = 0;; ++seg) {
+            const u32 rec = segment_record(smem, seg);
+            if (ld_shared(rec + SEG_REQ) < 0) break;
+            int blk = ld_shared(rec + SEG_BEGIN);
+            const int end = ld_shared(rec + SEG_END);
+            float l[2], m[2];
+            int fresh = 0;      // 0 until O holds something
+#pragma unroll 1
+            do {
+                const u32 buf = item & 1, use = (item >> 1) & 1;
+                const u32 row_at = smem + buf * 256 + (warp * 16 + threadIdx.x % 32 / 4) * 4;
+                mbar_wait(smem + Smem::p_full + buf * 8, use);
+                if (fresh && ld_shared(smem + Smem::rescale + buf * 16 + warp * 4)) {
+                    const float f0 = ld_shared_f(row_at + Smem::scale), f1 = ld_shared_f(row_at + Smem::scale + 32);
+#pragma unroll
+                    for (int i = 0; i < 32; ++i) {
+                        o[4 * i] *= f0;
+                        o[4 * i + 1] *= f0;
+                        o[4 * i + 2] *= f1;
+                        o[4 * i + 3] *= f1;
+                    }
+                }
+                const u32 half_addr = smem + Smem::kv + kv.stage * STAGE_BYTES + half * HALF;
+                mbar_wait(smem + (half ? Smem::full_r : Smem::full_l) + kv.stage * 8, kv.parity);
+                if (GATHER) fence_async_shared();
+                if (blk + 1 == end) {
+                    const int valid = ld_shared(rec + SEG_LEN) - blk * BLOCK;
+                    if (valid < BLOCK) zero_tail(half_addr, valid, half);
+                }
+                mbar_wait(smem + Smem::gate + buf * 8, use);
+
+                const u64 desc_p = desc_k_major(smem + Smem::p + buf * SUB);
+                const u64 desc_v = desc_n_major(half_addr);
+                fence_regs(o);
+                wgmma_fence();
+                pv_step<Elem>(o, desc_p, desc_v, fresh);
+#pragma unroll
+                for (int k = 1; k < 4; ++k) pv_step<Elem>(o, desc_p + k * 2, desc_v + k * (2048 >> 4), 1);
+                wgmma_commit();
+                wgmma_wait<0>();
+                fence_regs(o);
+                fresh = 1;
+                if (blk + 1 == end) {
+                    m[0] = ld_shared_f(row_at + Smem::row_m);
+                    m[1] = ld_shared_f(row_at + Smem::row_m + 32);
+                    l[0] = ld_shared_f(row_at + Smem::row_l);
+                    l[1] = ld_shared_f(row_at + Smem::row_l + 32);
+                }
+                __syncwarp();
+                if (threadIdx.x % 32 == 0) {
+                    mbar_arrive(smem + Smem::p_empty + buf * 8);
+                    mbar_arrive(smem + Smem::done_half + half * 8);
+                }
+                if (GATHER || warp == 0) {
+                    mbar_wait(smem + Smem::done_half + half * 8, item & 1);
+                    load(p, map, smem, seg, blk + STAGES, half, kv.stage, kv.parity ^ 1);
+                }
+                kv.advance();
+                ++item;
+            } while (++blk < end);
+            store(p, o, l, m, ld_shared(rec + SEG_REQ), ld_shared(rec + SEG_SLOT), half);
+        }
+    }
+};
+
+}  // namespace polymla

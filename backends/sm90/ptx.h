@@ -1,0 +1,212 @@
+// Thin wrappers over the PTX that the sm90 kernels use: mbarrier, TMA, wgmma,
+// ldmatrix/stmatrix, cp.async, register reallocation, clusters and programmatic
+// dependent launch. No toolkit header is needed, so nvcc and NVRTC compile it alike.
+#pragma once
+
+#include "params.h"
+
+namespace polymla {
+
+#define PM_DEV __device__ __forceinline__
+
+PM_DEV u32 smem_addr(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+PM_DEV float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// ---- mbarrier -------------------------------------------------------------
+
+PM_DEV void mbar_init(u32 bar, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+
+PM_DEV void mbar_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+PM_DEV void mbar_arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+PM_DEV void mbar_expect_tx(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+
+// Arrives on the barrier at the same offset in CTA `rank` of the cluster.
+PM_DEV void mbar_arrive_cluster(u32 bar, u32 rank) {
+    asm volatile(
+        "{\n .reg .b32 remote;\n"
+        " mapa.shared::cluster.u32 remote, %0, %1;\n"
+        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(bar),
+        "r"(rank)
+        : "memory");
+}
+
+PM_DEV bool mbar_test(u32 bar, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n .reg .pred p;\n"
+        " mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
+// Blocks until the phase of `parity` is complete. With POLYMLA_SPIN_LIMIT set
+// (test builds) a wait that can never end traps instead of hanging the device.
+PM_DEV void mbar_wait(u32 bar, u32 parity) {
+#ifdef POLYMLA_SPIN_LIMIT
+    for (u32 spins = 0;; ++spins) {
+#else
+    for (;;) {
+#endif
+        u32 done;
+        asm volatile(
+            "{\n .reg .pred p;\n"
+            " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            " selp.u32 %0, 1, 0, p;\n}\n"
+            : "=r"(done)
+            : "r"(bar), "r"(parity)
+            : "memory");
+        if (done) return;
+#ifdef POLYMLA_SPIN_LIMIT
+        if (spins > POLYMLA_SPIN_LIMIT) __trap();
+#endif
+    }
+}
+
+// As mbar_wait, for a barrier that CTAs of the whole cluster arrive on.
+PM_DEV void mbar_wait_cluster(u32 bar, u32 parity) {
+#ifdef POLYMLA_SPIN_LIMIT
+    for (u32 spins = 0;; ++spins) {
+#else
+    for (;;) {
+#endif
+        u32 done;
+        asm volatile(
+            "{\n .reg .pred p;\n"
+            " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+            " selp.u32 %0, 1, 0, p;\n}\n"
+            : "=r"(done)
+            : "r"(bar), "r"(parity)
+            : "memory");
+        if (done) return;
+#ifdef POLYMLA_SPIN_LIMIT
+        if (spins > POLYMLA_SPIN_LIMIT) __trap();
+#endif
+    }
+}
+
+// ---- proxies, named barriers, clusters, launch control ----------------------
+
+// Orders this thread's ordinary shared-memory writes before later reads by wgmma or TMA.
+PM_DEV void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+PM_DEV void named_barrier(u32 id, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Arrives without waiting.
+PM_DEV void named_barrier_arrive(u32 id, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+PM_DEV u32 cluster_rank() {
+    u32 r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+PM_DEV void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+PM_DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+PM_DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+PM_DEV void pdl_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+PM_DEV void pdl_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+template <int N>
+PM_DEV void reg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N>
+PM_DEV void reg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+
+// ---- TMA ----------------------------------------------------------------------
+
+PM_DEV void tma_prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// What createpolicy.fractional.L2::evict_first with fraction 1.0 returns.
+constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
+
+// Loads one box at (col, token, head, page) of a 4-D KV map.
+PM_DEV void tma_load_kv(u32 dst, const TensorMap* map, u32 bar, int col, int token, int head, int page) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(col), "r"(token), "r"(head), "r"(page), "l"(EVICT_FIRST)
+        : "memory");
+}
+
+// The same into every CTA of `mask`: same shared-memory offsets, each CTA's own barrier.
+PM_DEV void tma_load_kv_multicast(u32 dst, const TensorMap* map, u32 bar, int col, int token, int head, int page,
+                                  u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(col), "r"(token), "r"(head), "r"(page), "h"(mask), "l"(EVICT_FIRST)
+        : "memory");
+}
+
+// ---- cp.async -------------------------------------------------------------------
+
+PM_DEV void cp_async16(u32 dst, const void* src) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+// Arrives once on the barrier when all of this thread's earlier cp.async have landed.
+PM_DEV void cp_async_arrive(u32 bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+
+// ---- matrix fragments through shared memory ---------------------------------------
+
+PM_DEV void ldmatrix_x4(u32 (&r)[4], u32 addr) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(addr)
+                 : "memory");
+}
+
+PM_DEV void stmatrix_x4(u32 addr, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+PM_DEV void st_shared_v4(u32 addr, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// ---- wgmma -------------------------------------------------------------------------
+
+PM_DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+PM_DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+PM_DEV void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+
+// Pins accumulator registers: the compiler may not move their uses across this point.
+template <int N>
+PM_DEV void fence_regs(float (&r)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(r[i])::"memory");
+}
+
+}  // namespace polymla

@@ -1,0 +1,102 @@
+// A small device-side harness for the sm90 kernels: nvcc builds it into a shared library
+// that run.py drives through ctypes. The product's host side is Rust; this exists so that
+// kernels can be checked and timed with nothing but nvcc and Python.
+#include "../../backends/sm90/decode.cu"
+#include "../../backends/sm90/combine.cu"
+#include "../../backends/sm90/schedule.cu"
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <cstdio>
+
+using namespace polymla;
+
+namespace {
+
+typedef void (*DecodeKernel)(const DecodeParams, const TensorMap, const TensorMap);
+DecodeKernel kernels[2][2][3] = {
+    {{polymla_decode_bf16_d512_tma, polymla_decode_bf16_d512_tma_x2, polymla_decode_bf16_d512_gather},
+     {polymla_decode_bf16_d576_tma, polymla_decode_bf16_d576_tma_x2, polymla_decode_bf16_d576_gather}},
+    {{polymla_decode_f16_d512_tma, polymla_decode_f16_d512_tma_x2, polymla_decode_f16_d512_gather},
+     {polymla_decode_f16_d576_tma, polymla_decode_f16_d576_tma_x2, polymla_decode_f16_d576_gather}}};
+
+decltype(&cuTensorMapEncodeTiled) encode_fn;
+
+int check(cudaError_t e, const char* what) {
+    if (e != cudaSuccess) fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(e));
+    return int(e);
+}
+
+int encode(TensorMap* map, const void* base, int f16, u64 cols, const DecodeParams& p, i64 sp, i64 st, i64 sh) {
+    cuuint64_t dims[4] = {cols, cuuint64_t(p.page_size), cuuint64_t(p.h_kv), cuuint64_t(p.num_pages)};
+    cuuint64_t strides[3] = {cuuint64_t(st) * 2, cuuint64_t(sh) * 2, cuuint64_t(sp) * 2};
+    cuuint32_t box[4] = {64, cuuint32_t(p.page_size < 64 ? p.page_size : 64), 1, 1};
+    cuuint32_t one[4] = {1, 1, 1, 1};
+    CUresult r = encode_fn(reinterpret_cast<CUtensorMap*>(map),
+                           f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+                           const_cast<void*>(base), dims, strides, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (r) fprintf(stderr, "cuTensorMapEncodeTiled: %d\n", int(r));
+    return int(r);
+}
+
+}  // namespace
+
+extern "C" int pm_init() {
+    cudaDriverEntryPointQueryResult q;
+    if (int e = check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode_fn, 12000,
+                                                       cudaEnableDefault, &q), "entry point")) return e;
+    for (auto& a : kernels)
+        for (auto& b : a)
+            for (auto& k : b)
+                if (int e = check(cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, Smem::total), "smem"))
+                    return e;
+    return 0;
+}
+
+extern "C" int pm_sizes(int* decode, int* schedule) {
+    *decode = sizeof(DecodeParams);
+    *schedule = sizeof(ScheduleParams);
+    return Smem::total;
+}
+
+extern "C" int pm_maps(const DecodeParams* p, int f16, int rope, TensorMap* maps) {
+    if (int e = encode(&maps[0], p->ckv, f16, 512, *p, p->ckv_stride_page, p->ckv_stride_token, p->ckv_stride_head))
+        return e;
+    return rope ? encode(&maps[1], p->kpe, f16, 64, *p, p->kpe_stride_page, p->kpe_stride_token, p->kpe_stride_head) : 0;
+}
+
+extern "C" int pm_schedule(const ScheduleParams* p, void* stream) {
+    polymla_schedule<<<1, 512, 0, (cudaStream_t)stream>>>(*p);
+    return check(cudaGetLastError(), "schedule");
+}
+
+// form: 0 tma, 1 tma in clusters of two M tiles, 2 gather. combine_ctas 0: no combine.
+extern "C" int pm_decode(const DecodeParams* p, const TensorMap* maps, int f16, int rope, int form, int combine_ctas,
+                         void* stream) {
+    cudaLaunchAttribute attr[2];
+    cudaLaunchConfig_t cfg = {};
+    cfg.gridDim = dim3(p->m_tiles, p->h_kv, p->num_parts);
+    cfg.blockDim = dim3(384);
+    cfg.dynamicSmemBytes = Smem::total;
+    cfg.stream = (cudaStream_t)stream;
+    cfg.attrs = attr;
+    if (form == 1) {
+        attr[cfg.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attr[cfg.numAttrs].val.clusterDim.x = 2;
+        attr[cfg.numAttrs].val.clusterDim.y = 1;
+        attr[cfg.numAttrs++].val.clusterDim.z = 1;
+    }
+    if (int e = check(cudaLaunchKernelEx(&cfg, kernels[f16][rope][form], *p, maps[0], maps[1]), "decode")) return e;
+    if (!combine_ctas) return 0;
+    cudaLaunchConfig_t c2 = {};
+    c2.gridDim = dim3(combine_ctas);
+    c2.blockDim = dim3(256);
+    c2.stream = (cudaStream_t)stream;
+    c2.attrs = attr;
+    c2.numAttrs = 1;
+    attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attr[0].val.programmaticStreamSerializationAllowed = 1;
+    return check(cudaLaunchKernelEx(&c2, f16 ? polymla_combine_f16 : polymla_combine_bf16, *p), "combine");
+}
