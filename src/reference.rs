@@ -3,7 +3,7 @@
 use crate::call::{Inputs, KvCache, Query};
 use crate::error::{MlaError, Result};
 use crate::problem::{Mask, Problem};
-use crate::tensor::{Device, TensorView};
+use crate::tensor::{DType, Device, TensorView};
 
 /// Attention of one request, as plainly as it can be written: f64 throughout, no tiling.
 ///
@@ -20,7 +20,7 @@ use crate::tensor::{Device, TensorView};
 ///
 /// # Errors
 /// [`MlaError::Rank`], [`MlaError::Shape`], [`MlaError::HeadGroups`], [`MlaError::SoftmaxScale`],
-/// [`MlaError::WrongDevice`], [`MlaError::VisibleLength`].
+/// [`MlaError::WrongDevice`], [`MlaError::DTypeMismatch`], [`MlaError::VisibleLength`].
 pub fn scaled_dot_product_attention(
     q: &TensorView<'_>,
     k: &TensorView<'_>,
@@ -34,6 +34,9 @@ pub fn scaled_dot_product_attention(
         }
         if t.device() != Device::Host {
             return Err(MlaError::WrongDevice { param, value: t.device(), limit: Device::Host });
+        }
+        if t.dtype() == DType::I32 {
+            return Err(MlaError::DTypeMismatch { param, value: DType::I32, limit: DType::F32 });
         }
     }
     let [s_q, h_q, d_k] = [q.shape()[0], q.shape()[1], q.shape()[2]];

@@ -124,10 +124,11 @@ unsafe impl Send for TensorView<'_> {}
 // SAFETY: as above; no interior mutability.
 unsafe impl Sync for TensorView<'_> {}
 
-/// Strides of a tensor without gaps, last dimension innermost.
+/// Strides of a tensor without gaps, last dimension innermost. Dimensions beyond [`MAX_RANK`] are left out: no tensor
+/// can be made of them.
 pub fn contiguous_strides(shape: &[usize]) -> [usize; MAX_RANK] {
     let mut strides = [1usize; MAX_RANK];
-    for i in (0..shape.len().saturating_sub(1)).rev() {
+    for i in (0..shape.len().min(MAX_RANK).saturating_sub(1)).rev() {
         strides[i] = strides[i + 1].saturating_mul(shape[i + 1].max(1));
     }
     strides
