@@ -6,7 +6,7 @@
 //           warps 8-11  P V, O columns 256..512                decode_pv.h
 //           Whoever frees a piece of shared memory refills it  decode_load.h
 //           warp 0 also walks the schedule                     decode_walk.h
-// Registers 384 threads, 192 / 160 / 160 a thread: all 64 Ki of the SM.
+// Registers 384 threads start with 168 each; 184 / 160 / 160 after reallocation.
 // Shared    three KV stages of 64 KiB, one rope tile, two P buffers: 226 KiB.
 // Pipeline  the tensor cores alternate between Q K^T(j+1) and P V(j); the softmax of
 //           block j+1 runs under P V(j).
@@ -61,7 +61,7 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
     pdl_launch_dependents();
 
     if (warp < 4) {
-        reg_inc<192>();
+        reg_inc<184>();
         QkWarpgroup<Elem, ROPE, GATHER>::run(p, map_kpe, smem);
     } else {
         reg_dec<160>();

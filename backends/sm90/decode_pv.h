@@ -152,10 +152,13 @@ struct PvWarpgroup {
 #pragma unroll 1
             do {
                 const u32 buf = item & 1, use = (item >> 1) & 1;
-                const u32 row_at = smem + buf * 256 + (warp * 16 + threadIdx.x % 32 / 4) * 4;
                 mbar_wait(smem + Smem::p_full + buf * 8, use);
                 if (fresh && ld_shared(smem + Smem::rescale + buf * 16 + warp * 4)) {
-                    const float f0 = ld_shared_f(row_at + Smem::scale), f1 = ld_shared_f(row_at + Smem::scale + 32);
+                    const u32 at = smem + Smem::scale + buf * 128 + (warp * 16 + threadIdx.x % 32 / 4) * 2;
+                    short e0, e1;
+                    asm volatile("ld.shared.s16 %0, [%1];" : "=h"(e0) : "r"(at) : "memory");
+                    asm volatile("ld.shared.s16 %0, [%1];" : "=h"(e1) : "r"(at + 16) : "memory");
+                    const float f0 = exp2_fast(float(e0)), f1 = exp2_fast(float(e1));
 #pragma unroll
                     for (int i = 0; i < 32; ++i) {
                         o[4 * i] *= f0;
@@ -185,10 +188,11 @@ struct PvWarpgroup {
                 fence_regs(o);
                 fresh = 1;
                 if (blk + 1 == end) {
-                    m[0] = ld_shared_f(row_at + Smem::row_m);
-                    m[1] = ld_shared_f(row_at + Smem::row_m + 32);
-                    l[0] = ld_shared_f(row_at + Smem::row_l);
-                    l[1] = ld_shared_f(row_at + Smem::row_l + 32);
+                    const u32 at = smem + warp * 2048 + (threadIdx.x % 32 & ~3u);
+                    m[0] = ld_shared_f(at + Smem::row_m);
+                    m[1] = ld_shared_f(at + Smem::row_m + 32);
+                    l[0] = ld_shared_f(at + Smem::row_l);
+                    l[1] = ld_shared_f(at + Smem::row_l + 32);
                 }
                 __syncwarp();
                 if (threadIdx.x % 32 == 0) {

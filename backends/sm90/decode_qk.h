@@ -46,7 +46,6 @@ struct QkWarpgroup {
             for (int i = 0; i < 4; ++i)
                 st_shared_v4(smem + Smem::q_rope + warp * 2048 + swizzle(lane / 8 + 4 * i, lane % 8), pe[i][0],
                              pe[i][1], pe[i][2], pe[i][3]);
-            fence_async_shared();
         }
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
@@ -54,11 +53,16 @@ struct QkWarpgroup {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const u32(&d)[4] = q[c * 4 + i];
-                st_shared_v4(tile + swizzle(lane / 8 + 4 * i, lane % 8), d[0], d[1], d[2], d[3]);
+                const u32 row = lane / 8 + 4 * i, unit = lane % 8;
+                st_shared_v4(tile + swizzle(row, unit), d[0], d[1], d[2], d[3]);
+                if (c == 7 && unit >= 6)
+                    st_shared_v4(smem + Smem::q_last + warp * 512 + row / 8 * 256 + (unit - 6) * 128 + row % 8 * 16, d[0],
+                                 d[1], d[2], d[3]);
             }
+            if (c == 7) fence_async_shared();
             __syncwarp();
 #pragma unroll
-            for (int k = 0; k < 4; ++k) ldmatrix_x4(q[c * 4 + k], tile + swizzle(lane % 16, 2 * k + lane / 16));
+            for (int k = 0; k < (c < 7 ? 4 : 3); ++k) ldmatrix_x4(q[c * 4 + k], tile + swizzle(lane % 16, 2 * k + lane / 16));
         }
         named_barrier(BAR_QK, 128);
     }
@@ -131,8 +135,9 @@ struct QkWarpgroup {
                     qk_step<Elem>(s, q[k], desc + (k / 4) * (SUB >> 4) + (k % 4) * 2, 1);
                 if (!ROPE) wgmma_commit();
 #pragma unroll
-                for (int k = 28; k < 32; ++k)
+                for (int k = 28; k < 31; ++k)
                     qk_step<Elem>(s, q[k], desc + (k / 4) * (SUB >> 4) + (k % 4) * 2, 1);
+                qk_step_shared<Elem>(s, desc_q_last(smem + Smem::q_last), desc + 7 * (SUB >> 4) + 6);
                 wgmma_commit();
                 if (ROPE) {
                     mbar_wait(smem + Smem::full_rope, item & 1);
@@ -183,18 +188,20 @@ struct QkWarpgroup {
                 top1 = fmaxf(top1, __shfl_xor_sync(0xffffffffu, top1, 2)) * scale;
                 const bool up0 = top0 > m[0] + RESCALE_STEP, up1 = top1 > m[1] + RESCALE_STEP;
                 const bool rescale = __any_sync(0xffffffffu, up0 || up1);
-                float f0 = 1.0f, f1 = 1.0f;
+                int e0 = 0, e1 = 0;     // exponents: the factor is a power of two, so rescaling is exact
                 if (rescale) {
                     if (up0) {
-                        f0 = exp2_fast(m[0] - top0);
+                        top0 = ceilf(top0);
+                        e0 = int(fmaxf(m[0] - top0, -1000.0f));
                         m[0] = top0;
                     }
                     if (up1) {
-                        f1 = exp2_fast(m[1] - top1);
+                        top1 = ceilf(top1);
+                        e1 = int(fmaxf(m[1] - top1, -1000.0f));
                         m[1] = top1;
                     }
-                    l[0] *= f0;
-                    l[1] *= f1;
+                    l[0] *= exp2_fast(float(e0));
+                    l[1] *= exp2_fast(float(e1));
                 }
 
                 // ---- P = 2^(scale * S - m), row sums
@@ -223,10 +230,10 @@ struct QkWarpgroup {
                     stmatrix_x4(tile + swizzle(lane % 16, i + lane / 16), packed[2 * i], packed[2 * i + 1],
                                 packed[2 * i + 2], packed[2 * i + 3]);
                 if (lane == 0) st_shared(smem + Smem::rescale + buf * 16 + warp * 4, rescale);
-                const u32 row_at = smem + buf * 256 + (warp * 16 + lane / 4) * 4;
                 if (rescale && lane % 4 == 0) {
-                    st_shared_f(row_at + Smem::scale, f0);
-                    st_shared_f(row_at + Smem::scale + 32, f1);
+                    const u32 at = smem + Smem::scale + buf * 128 + (warp * 16 + lane / 4) * 2;
+                    asm volatile("st.shared.s16 [%0], %1;" ::"r"(at), "h"(short(e0)) : "memory");
+                    asm volatile("st.shared.s16 [%0], %1;" ::"r"(at + 16), "h"(short(e1)) : "memory");
                 }
                 const bool last = blk + 1 == end;
                 if (last) {
@@ -236,10 +243,11 @@ struct QkWarpgroup {
                     l[1] += __shfl_xor_sync(0xffffffffu, l[1], 2);
                     if (ld_shared(rec + SEG_BAD)) l[0] = l[1] = __int_as_float(0x7fc00000);
                     if (lane % 4 == 0) {
-                        st_shared_f(row_at + Smem::row_m, m[0]);
-                        st_shared_f(row_at + Smem::row_m + 32, m[1]);
-                        st_shared_f(row_at + Smem::row_l, l[0]);
-                        st_shared_f(row_at + Smem::row_l + 32, l[1]);
+                        const u32 at = smem + warp * 2048 + lane;
+                        st_shared_f(at + Smem::row_m, m[0]);
+                        st_shared_f(at + Smem::row_m + 32, m[1]);
+                        st_shared_f(at + Smem::row_l, l[0]);
+                        st_shared_f(at + Smem::row_l + 32, l[1]);
                     }
                 }
                 fence_async_shared();

@@ -114,8 +114,12 @@ PM_DEV void walk_step(const DecodeParams& p, u32 smem, u32 seg) {
             st_shared(w + WALK_BLOCK, next_block);
             if (next_req != req) st_shared(w + WALK_LEN, next_req <= end_req ? p.cache_seqlens[next_req] : 0);
             if (end > begin) {
-                st_shared_v4(rec, u32(req), u32(begin), u32(end), u32(len));
-                st_shared_v4(rec + 16, u32(slot), 0, 0, 0);
+                st_shared(rec + SEG_REQ, req);
+                st_shared(rec + SEG_BEGIN, begin);
+                st_shared(rec + SEG_END, end);
+                st_shared(rec + SEG_LEN, len);
+                st_shared(rec + SEG_SLOT, slot);
+                st_shared(rec + SEG_BAD, 0);
             }
             if (bad) report_bad(p, req);
         }

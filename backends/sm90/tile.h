@@ -27,13 +27,15 @@ struct Smem {
     static constexpr u32 rope = kv + STAGES * STAGE_BYTES;  // one sub-tile: free again right after Q K^T
     static constexpr u32 p = rope + SUB;                    // [P_BUFS] sub-tiles
     static constexpr u32 q_rope = p + P_BUFS * SUB;         // the rope columns of Q
-    static constexpr u32 scale = q_rope + SUB;              // f32 [P_BUFS][64]: factor for O before P V is added
-    static constexpr u32 row_m = scale + P_BUFS * 256;      // f32 [P_BUFS][64]: at the last block, running maximum
-    static constexpr u32 row_l = row_m + P_BUFS * 256;      // f32 [P_BUFS][64]: at the last block, row sum
-    static constexpr u32 rescale = row_l + P_BUFS * 256;    // i32 [P_BUFS][4]: this warp's rows need `scale`
+    static constexpr u32 q_last = q_rope + SUB;             // columns 496..512 of Q, no swizzle, 2 KiB
+    static constexpr u32 scale = q_last + 2048;             // i16 [P_BUFS][64]: exponent of the factor for O
+    static constexpr u32 rescale = scale + P_BUFS * 128;    // i32 [P_BUFS][4]: this warp's rows need `scale`
     static constexpr u32 limit = rescale + P_BUFS * 16;     // i32 [64]: keys each row of the segment sees
-    static constexpr u32 segment = limit + 256;             // Segment [SEGMENTS]
-    static constexpr u32 walk = segment + SEGMENTS * 32;    // SegmentWalk
+    static constexpr u32 segment = limit + 256;             // [SEGMENTS] records of 24 bytes
+    static constexpr u32 walk = segment + SEGMENTS * 24;    // schedule walk
+    // Row statistics, maximum then sum, at 2048 * warp in the q_rope tile: written after the
+    // segment's last Q K^T, read before the P buffers are given back for the next Q.
+    static constexpr u32 row_m = q_rope, row_l = q_rope + 64;
     static constexpr u32 full_l = walk + 48;                // [STAGES] columns 0..256 landed
     static constexpr u32 full_r = full_l + STAGES * 8;      // [STAGES] columns 256..512
     static constexpr u32 full_rope = full_r + STAGES * 8;
@@ -67,6 +69,11 @@ struct Ring {
 // columns is 32 bytes further.
 PM_DEV u64 desc_k_major(u32 addr) {
     return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(1) << 16) | u64((addr & 0x3FFFF) >> 4);
+}
+// K-major without swizzle, one step of 16 columns: 8 x 8 core matrices of 128 contiguous
+// bytes, the two of a row group adjacent.
+PM_DEV u64 desc_q_last(u32 addr) {
+    return (u64(256 >> 4) << 32) | (u64(128 >> 4) << 16) | u64((addr & 0x3FFFF) >> 4);
 }
 // N-major (V as it lies, tokens x columns): 64-column groups lie SUB bytes apart,
 // 8-token groups 1024 bytes; a step of 16 tokens is 2048 bytes further.
@@ -103,10 +110,10 @@ PM_DEV void st_shared_f(u32 addr, float v) { st_shared(addr, __float_as_int(v));
 // ---- segments ------------------------------------------------------------------------
 // A segment is one request's blocks [begin, end) within a part, never empty. They lie as
 // records in shared memory, because no warp has registers to spare for schedule state.
-// Record: i32 req (-1 ends the part), begin, end, len, slot, bad, 0, 0
+// Record: i32 req (-1 ends the part), begin, end, len, slot, bad
 //   len   keys of the request;  slot  where the partial result goes, -1 for a whole request
 //   bad   an invalid table entry was met
-constexpr u32 SEG_BYTES = 32;
+constexpr u32 SEG_BYTES = 24;
 enum SegField { SEG_REQ = 0, SEG_BEGIN = 4, SEG_END = 8, SEG_LEN = 12, SEG_SLOT = 16, SEG_BAD = 20 };
 PM_DEV u32 segment_record(u32 smem, u32 seg) { return smem + Smem::segment + (seg % SEGMENTS) * SEG_BYTES; }
 
