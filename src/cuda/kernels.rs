@@ -104,12 +104,30 @@ impl KernelSet {
     ///
     /// # Errors
     /// [`MlaError::Platform`], with the unit and the log.
-    pub(crate) fn compile_all(&self, library: &Path) -> Result<Vec<(&'static str, Compiled)>> {
+    pub(crate) fn compile_all(&self, library: &Path) -> Result<CompiledKernels> {
         let nvrtc = Nvrtc::load(library)?;
         let (files, _) = self.files()?;
         let one = |unit: &Unit| Ok((unit.0, self.compile(&nvrtc, &files, *unit, &["--ptxas-options=-v"])?));
-        self.units.iter().map(one).collect()
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let chunk = self.units.len().div_ceil(threads).max(1);
+        let all: Result<Vec<_>> = std::thread::scope(|scope| {
+            let work = self.units.chunks(chunk).map(|units| scope.spawn(|| units.iter().map(one).collect()));
+            let joined: Vec<_> = work.collect::<Vec<_>>().into_iter().map(|thread| thread.join()).collect();
+            let panicked = |_| Err(self.error("compile", "the thread panicked".into()));
+            let lists: Result<Vec<Vec<_>>> = joined.into_iter().map(|r| r.unwrap_or_else(panicked)).collect();
+            Ok(lists?.into_iter().flatten().collect())
+        });
+        Ok(CompiledKernels { version: nvrtc.version(), units: all? })
     }
+}
+
+/// What one compiler made of all kernels of a backend.
+#[derive(Debug, Clone)]
+pub struct CompiledKernels {
+    /// The compiler's version: major, minor.
+    pub version: (i32, i32),
+    /// Each kernel's name, binary and log.
+    pub units: Vec<(&'static str, Compiled)>,
 }
 
 /// Where a module's binary came from.

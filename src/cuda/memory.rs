@@ -83,7 +83,7 @@ impl DeviceBuffer {
     ///
     /// # Errors
     /// As [`write`](Self::write).
-    pub(crate) fn repeat(&mut self, tile: usize) -> Result<()> {
+    pub fn repeat(&mut self, tile: usize) -> Result<()> {
         self.range("tile", 0, tile)?;
         let _current = self.context.enter()?;
         let (driver, stream) = (self.context.driver(), Stream::default().raw());

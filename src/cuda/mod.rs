@@ -21,7 +21,7 @@ pub mod sm90;
 mod stream;
 
 pub use cache::CACHE_VARIABLE;
-pub use kernels::KERNEL_DIR_VARIABLE;
+pub use kernels::{CompiledKernels, KERNEL_DIR_VARIABLE};
 pub use memory::DeviceBuffer;
 pub use nvrtc::{Compiled, NVRTC_VARIABLE};
 pub use stream::{Graph, OwnedStream, Stream};

@@ -23,9 +23,8 @@ use std::time::Duration;
 
 use super::context::Context;
 use super::driver::{Driver, PLATFORM};
-use super::kernels::{Function, KernelSet, Loader, Unit};
+use super::kernels::{CompiledKernels, Function, KernelSet, Loader, Unit};
 use super::memory::DeviceBuffer;
-use super::nvrtc::Compiled;
 use super::stream::{Event, OwnedStream, Stream};
 use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
 use crate::call::{Inputs, Outputs};
@@ -93,8 +92,13 @@ pub fn supports(problem: &Problem) -> std::result::Result<(), Unsupported> {
 ///
 /// # Errors
 /// [`MlaError::Platform`], with the kernel and the compiler's log.
-pub fn compile_kernels(nvrtc: &Path) -> Result<Vec<(&'static str, Compiled)>> {
+pub fn compile_kernels(nvrtc: &Path) -> Result<CompiledKernels> {
     KERNELS.compile_all(nvrtc)
+}
+
+/// How each kernel of this backend is compiled: name, source file under `backends/sm90/`, defines.
+pub fn kernel_units() -> impl Iterator<Item = (&'static str, &'static str, &'static [&'static str])> {
+    units::UNITS.iter().copied()
 }
 
 /// The names of the kernels that nvcc compiled into this build; none where the build found no nvcc.

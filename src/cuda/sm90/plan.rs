@@ -25,11 +25,11 @@ const NO_FAILURE: i32 = i32::MAX;
 /// Longest request in tokens: its last block must still be counted in 32 bits.
 const MAX_TOKENS: u64 = i32::MAX as u64 + 1 - BLOCK_TOKENS as u64;
 
-/// Most parts: the grid's third dimension.
-const MAX_PARTS: usize = 65_535;
+/// Most parts: what the schedule and combine kernels keep track of.
+const MAX_PARTS: usize = 1024;
 
 /// Threads of the schedule kernel, which is one block.
-const SCHEDULE_THREADS: u32 = 1024;
+const SCHEDULE_THREADS: u32 = 512;
 
 /// Bytes of partial output and partial lse that a slot takes for one M tile of one KV head.
 const SLOT_OUT_BYTES: usize = TILE_M * 512 * 4;
@@ -117,7 +117,7 @@ impl Sm90Schedule {
             .unwrap_or_else(|| num_sm_parts(context.facts().multiprocessors as usize, problem).min(MAX_PARTS));
         if parts == 0 || parts > MAX_PARTS {
             let value = i64::try_from(parts).unwrap_or(i64::MAX);
-            return Err(MlaError::Parameter { param: "num_sm_parts", value, limit: "1..=65535" });
+            return Err(MlaError::Parameter { param: "num_sm_parts", value, limit: "1..=1024" });
         }
         if let SplitPolicy::BatchInvariant { split_blocks } = options.policy
             && (split_blocks == 0 || split_blocks > i32::MAX as u32)
@@ -188,7 +188,7 @@ impl Sm90Schedule {
             fixed_split_blocks: self.fixed_split_blocks(),
             ..self.costs(problem)
         };
-        let launch = Launch { grid: [1; 3], block: SCHEDULE_THREADS, cluster: 1, programmatic: false };
+        let launch = Launch { grid: [1; 3], block: SCHEDULE_THREADS, cluster: 1, programmatic: true };
         // SAFETY: the kernel's one parameter. It reads b lengths, which the view vouches for, and writes the three
         // arrays of this schedule, which have room for `capacity` >= b requests.
         unsafe { launch.enqueue(kernel, stream, &mut [(&raw mut params).cast::<c_void>()])? };

@@ -26,7 +26,7 @@ const ROW_ALIGN_ELEMENTS: usize = 8;
 const WORKSPACE_ALIGN: u64 = 128;
 
 /// Threads of the decode kernel.
-pub(super) const DECODE_THREADS: u32 = 416;
+const DECODE_THREADS: u32 = 384;
 
 /// Smallest scale the kernels take: they divide nothing by it, but a maximum of -infinity * 0 would be NaN. Logits of
 /// any size below 1e20 still come out as 0, as they do with a scale of 0.
@@ -140,6 +140,7 @@ impl Sm90Backend {
         let (decode, combine) = (self.decode(variant)?, self.combine(problem)?);
         let (tiles, heads) = (params.m_tiles as u32, params.h_kv as u32);
         let cluster = if variant.form == Form::TmaPair { 2 } else { 1 };
+        let combine_blocks = COMBINE_BLOCKS_PER_SM * self.context.facts().multiprocessors;
         let [ckv, kpe] = &mut maps;
         let shape = |grid, block, cluster| Launch { grid, block, cluster, programmatic: true };
         // SAFETY: the kernels' parameters, in order. What their addresses name is vouched for by the views, checked
@@ -154,7 +155,7 @@ impl Sm90Backend {
                     std::ptr::from_mut(kpe).cast(),
                 ],
             )?;
-            shape(combine_grid(&params), COMBINE_THREADS, 1).enqueue(
+            shape([combine_blocks, 1, 1], COMBINE_THREADS, 1).enqueue(
                 combine,
                 stream,
                 &mut [(&raw mut params).cast::<c_void>()],
@@ -181,9 +182,8 @@ impl Sm90Backend {
 /// Threads of the combine kernel.
 const COMBINE_THREADS: u32 = 256;
 
-fn combine_grid(params: &DecodeParams) -> [u32; 3] {
-    [params.b as u32, params.h_kv as u32, params.m_tiles as u32]
-}
+/// Blocks of the combine kernel for each multiprocessor: they share whatever there is to merge.
+const COMBINE_BLOCKS_PER_SM: u32 = 4;
 
 /// What the kernels are told, but for the workspace.
 fn params(

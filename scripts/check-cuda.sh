@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Checks the Hopper backend without a GPU: the crate builds with it and says why it is absent; its kernels compile under
+# nvcc 13.0 and NVRTC 12.3, 12.9 and 13.0 with the recorded registers and no spills; their code holds HGMMA and UTMALDG.
+#
+# usage: scripts/check-cuda.sh [--record]      --record writes tests/cuda/resources.txt anew
+#
+# Compilers are Python wheels, installed by pip into the git-ignored .cache/ when they are missing (about 350 MB once).
+# POLYMLA_TOOLCHAINS names another folder for them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tools=${POLYMLA_TOOLCHAINS:-$PWD/.cache}
+record=
+[ "${1:-}" = --record ] && record=1
+
+# install FOLDER MARKER WHEEL...: unless the marker file is there already
+install() {
+    local folder=$1 marker=$2
+    shift 2
+    if [ ! -e "$folder/$marker" ]; then
+        echo "installing $* into $folder"
+        mkdir -p "$folder"
+        python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore \
+            --no-deps --upgrade --target "$folder" "$@"
+    fi
+    [ -e "$folder/$marker" ] || { echo "$folder/$marker is not there after installing $*" >&2; exit 1; }
+}
+cu13=$tools/cuda/nvidia/cu13
+install "$tools/cuda" nvidia/cu13/bin/nvcc nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
+    nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85 \
+    nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+install "$tools/nvrtc/12.3" nvidia/cuda_nvrtc/lib/libnvrtc.so.12 'nvidia-cuda-nvrtc-cu12==12.3.*'
+install "$tools/nvrtc/12.9" nvidia/cuda_nvrtc/lib/libnvrtc.so.12 'nvidia-cuda-nvrtc-cu12==12.9.*'
+
+cubins=$(mktemp -d)
+trap 'rm -rf "$cubins"' EXIT
+
+echo "== the backend's host side and its kernels under every compiler"
+# Without a GPU the tests that need one print why they were skipped.
+POLYMLA_TEST_NVCC=$cu13/bin/nvcc \
+POLYMLA_TEST_NVRTC=$tools/nvrtc/12.3/nvidia/cuda_nvrtc/lib/libnvrtc.so.12:$tools/nvrtc/12.9/nvidia/cuda_nvrtc/lib/libnvrtc.so.12:$cu13/lib/libnvrtc.so.13 \
+POLYMLA_TEST_CUBINS=$cubins ${record:+POLYMLA_TEST_RECORD=1} \
+POLYMLA_NVCC=none \
+    cargo test --features sm90 --test cuda -- --nocapture
+POLYMLA_NVCC=none cargo test --features sm90 --lib cuda
+
+echo "== code of the decode kernels"
+count=0
+for cubin in "$cubins"/*-decode_*.cubin; do
+    name=$(basename "$cubin" .cubin)
+    # To a file first: grep -q on a pipe would end cuobjdump early, which pipefail calls a failure.
+    "$cu13/bin/cuobjdump" -sass "$cubin" >"$cubins/sass"
+    wanted="HGMMA"
+    # The gather form copies with cp.async instead of TMA.
+    case $name in *_gather) wanted+=" LDGSTS" ;; *) wanted+=" UTMALDG" ;; esac
+    for instruction in $wanted; do
+        grep -q "$instruction" "$cubins/sass" || { echo "$name: no $instruction" >&2; exit 1; }
+    done
+    if grep -qE '\b(LDL|STL)\b' "$cubins/sass"; then
+        echo "$name: local memory is used" >&2
+        exit 1
+    fi
+    count=$((count + 1))
+done
+[ "$count" -ge 48 ] || { echo "only $count of 12 decode kernels x 4 compilers" >&2; exit 1; }
+echo "$count cubins hold HGMMA and UTMALDG (LDGSTS in the gather form) and touch no local memory"

@@ -1,0 +1,215 @@
+//! What a device computes: golden files, random problems, the same bits again, and bad input.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use polymla::conformance::random::{Limits, random_call, random_options};
+use polymla::conformance::{Call, LAYOUTS, Layout, POLICIES, check, check_with, golden};
+use polymla::cuda::Stream;
+use polymla::schedule::PartMetadata;
+use polymla::{HostBackend, MlaBackend, MlaError, ScheduleOptions, SplitPolicy};
+
+use crate::device::{Placed, Results, backend, enqueue, rebuilt};
+
+fn golden_calls() -> Vec<Call> {
+    // The test may run on another machine than it was built on, from the root of the repository.
+    let folders = [concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden"), "tests/golden"];
+    let folder = folders.iter().find(|f| Path::new(f).is_dir()).expect("the folder of golden files");
+    let files = golden::list(folder).expect("golden files");
+    assert!(files.len() >= 14, "{} golden files", files.len());
+    files.iter().map(|file| golden::load(file).expect("a golden file")).collect()
+}
+
+#[test]
+fn golden_files() {
+    let Some(backend) = backend() else { return };
+    let mut failures = Vec::new();
+    for call in golden_calls() {
+        for layout in LAYOUTS {
+            for policy in POLICIES {
+                let outcome = check(&backend, &call, layout, policy);
+                if !outcome.passed() {
+                    failures.push(format!("{} {layout} {policy:?}: {}", call.name, outcome.failure()));
+                }
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn random_problems() {
+    let Some(backend) = backend() else { return };
+    let count = std::env::var("POLYMLA_TEST_RANDOM").ok().and_then(|n| n.parse().ok()).unwrap_or(300u64);
+    let (next, failures) = (AtomicU64::new(0), Mutex::new(Vec::new()));
+    // The reference takes the time: one seed a thread at once.
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= count {
+                        break;
+                    }
+                    let limits = Limits { max_s_q: 16, ..Limits::deepseek() };
+                    let call = random_call(seed, &limits).expect("a valid problem");
+                    let outcome = check_with(&backend, &call, Layout::Given, &random_options(seed));
+                    if !outcome.passed() {
+                        let text = format!("{} {:?}: {}", call.name, random_options(seed), outcome.failure());
+                        failures.lock().expect("no thread panics while it holds this").push(text);
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().expect("no thread panics while it holds this");
+    assert!(failures.is_empty(), "{} of {count} failed:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// Calls with several requests, whose outputs a test compares bit by bit.
+fn batches(count: usize) -> Vec<Call> {
+    let limits = Limits { max_b: 12, ..Limits::deepseek() };
+    let calls = (1000..).map(|seed| random_call(seed, &limits).expect("a valid problem"));
+    calls.filter(|call| call.problem.b() > 2 && call.cache_seqlens().iter().any(|n| *n > 200)).take(count).collect()
+}
+
+#[test]
+fn repeated_runs_give_the_same_bits() {
+    let Some(backend) = backend() else { return };
+    for call in batches(20) {
+        for policy in [SplitPolicy::default(), SplitPolicy::BatchInvariant { split_blocks: 2 }] {
+            let options = ScheduleOptions { num_sm_parts: None, policy };
+            let placed = Placed::new(&backend, &call);
+            let bits = || {
+                let mut results = Results::new(&backend, call.poisoned_outputs().expect("outputs"));
+                let (schedule, _scratch) =
+                    enqueue(&backend, &call, &options, &placed.inputs(), &mut results).expect("run");
+                backend.finish(&schedule, Stream::default()).expect("finish");
+                results.read()
+            };
+            let first = bits();
+            for again in 0..5 {
+                assert!(bits() == first, "{} {policy:?}: run {again} differs", call.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn batch_invariant_rows_have_the_same_bits_alone() {
+    let Some(backend) = backend() else { return };
+    for call in batches(20) {
+        for split_blocks in [1, 3, 16] {
+            let options = ScheduleOptions { num_sm_parts: None, policy: SplitPolicy::BatchInvariant { split_blocks } };
+            let placed = Placed::new(&backend, &call);
+            let dense = || Call { output_strides: None, ..call.clone() };
+            let mut together = Results::new(&backend, dense().poisoned_outputs().expect("outputs"));
+            let (schedule, _scratch) =
+                enqueue(&backend, &call, &options, &placed.inputs(), &mut together).expect("run");
+            backend.finish(&schedule, Stream::default()).expect("finish");
+            let (out, lse) = together.read();
+            let b = call.problem.b();
+            for request in 0..b {
+                let alone = Call { problem: rebuilt(&call.problem, 1, call.problem.num_pages()), ..dense() };
+                let mut results = Results::new(&backend, alone.poisoned_outputs().expect("outputs"));
+                let inputs = placed.first_requests(1, request);
+                let (schedule, _scratch) = enqueue(&backend, &alone, &options, &inputs, &mut results).expect("run");
+                backend.finish(&schedule, Stream::default()).expect("finish");
+                let (out_alone, lse_alone) = results.read();
+                let part = |all: &[u8]| all[all.len() / b * request..][..all.len() / b].to_vec();
+                assert!(part(&out) == out_alone, "{} request {request}: out differs alone", call.name);
+                assert!(part(&lse) == lse_alone, "{} request {request}: lse differs alone", call.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn schedules_cover_every_block_once() {
+    let Some(backend) = backend() else { return };
+    for call in batches(60) {
+        let options = random_options(call.name.len() as u64 + u64::from(call.cache_seqlens()[0].unsigned_abs()));
+        let placed = Placed::new(&backend, &call);
+        let schedule =
+            backend.schedule(&call.problem, &options, &placed.inputs(), Stream::default()).expect("schedule");
+        let plan = schedule.to_host().expect("the plan");
+        let mut covered: Vec<usize> = vec![0; call.problem.b()];
+        let blocks = |r: usize| (call.cache_seqlens()[r] as usize).div_ceil(64);
+        let worked = |part: &&PartMetadata| part.begin_req <= part.end_req && (part.begin_req as usize) < covered.len();
+        let parts: Vec<_> = plan.tile_scheduler_metadata.iter().filter(worked).copied().collect();
+        for part in &parts {
+            let (first, last) = (part.begin_req as usize, part.end_req as usize);
+            for (r, covered) in covered.iter_mut().enumerate().take(last + 1).skip(first) {
+                let begin = if r == first { part.begin_block as usize } else { 0 };
+                assert_eq!(begin, *covered, "{}: request {r} has a gap or an overlap: {parts:?}", call.name);
+                *covered = if r == last { part.end_block as usize } else { blocks(r) };
+            }
+        }
+        let all: Vec<usize> = (0..call.problem.b()).map(blocks).collect();
+        assert_eq!(covered, all, "{}: {parts:?}", call.name);
+        assert_eq!(plan.num_splits[0], 0);
+        assert!(plan.num_splits.windows(2).all(|w| w[1] > w[0]), "{}: {:?}", call.name, plan.num_splits);
+    }
+}
+
+#[test]
+fn bad_tables_and_lengths_mark_their_request_only() {
+    let Some(backend) = backend() else { return };
+    for (i, call) in batches(24).into_iter().enumerate() {
+        let b = call.problem.b();
+        let victim = call.cache_seqlens().iter().position(|n| *n > 200).expect("a long request");
+        let mut bad = call.clone();
+        let pages = call.problem.num_pages() as i32;
+        let table_is_bad = i % 2 == 0;
+        if table_is_bad {
+            let used = (call.cache_seqlens()[victim] as usize).div_ceil(call.problem.page_size());
+            let entry = [pages, -1, i32::MAX, i32::MIN][i / 2 % 4];
+            let position = [0, used / 2, used - 1][i % 3];
+            bad.tensor_mut("block_table").expect("table").set(&[victim, position], f64::from(entry));
+        } else {
+            let limit = call.problem.max_tokens_per_seq() as i32;
+            let length = [-1, i32::MIN, limit + 1, i32::MAX][i / 2 % 4];
+            bad.tensor_mut("cache_seqlens").expect("lengths").set(&[victim], f64::from(length));
+        }
+        for policy in [SplitPolicy::default(), SplitPolicy::BatchInvariant { split_blocks: 1 }] {
+            let options = ScheduleOptions { num_sm_parts: None, policy };
+            let placed = Placed::new(&backend, &bad);
+            let mut results = Results::new(&backend, call.poisoned_outputs().expect("outputs"));
+            let (schedule, _scratch) = enqueue(&backend, &bad, &options, &placed.inputs(), &mut results).expect("run");
+            let error = backend.finish(&schedule, Stream::default()).expect_err("the check must report it");
+            assert!(
+                matches!(error, MlaError::DeviceCheck { request, .. } if request == victim),
+                "{} victim {victim}: {error}",
+                call.name
+            );
+            assert_eq!(schedule.poll(), None, "reported once");
+            results.read();
+            let expected = call.expected.as_ref().expect("expected values");
+            let (out, lse) = (results.host.out.to_f64(), results.host.lse.to_f64());
+            for (name, values, wanted) in [("out", &out, &expected.out), ("lse", &lse, &expected.lse)] {
+                let each = values.len() / b;
+                for (at, (value, wanted)) in values.iter().zip(wanted).enumerate() {
+                    let request = at / each;
+                    if request == victim {
+                        assert!(value.is_nan(), "{} {policy:?}: {name}[{at}] is {value}, not NaN", call.name);
+                    } else {
+                        // How close is the business of other tests; here, that nothing leaked over.
+                        let near = value == wanted || (value - wanted).abs() <= 0.05 * wanted.abs().max(1.0);
+                        assert!(near, "{} {policy:?}: {name}[{at}] is {value}, not {wanted}", call.name);
+                    }
+                }
+            }
+        }
+        // The host form refuses the same input before anything runs.
+        let mut untouched = bad.poisoned_outputs().expect("outputs");
+        let inputs = bad.inputs().expect("inputs");
+        let refused = backend.decode(
+            &bad.problem,
+            &ScheduleOptions::default(),
+            &inputs,
+            &mut untouched.outputs().expect("outputs"),
+        );
+        assert!(refused.is_err() && untouched.untouched(), "{}: {refused:?}", call.name);
+    }
+}
