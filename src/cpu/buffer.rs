@@ -1,6 +1,6 @@
 //! Memory of the CPU backend: aligned allocations of this process.
 
-use crate::error::Result;
+use crate::error::{MlaError, Result};
 use crate::tensor::{Device, TensorView, TensorViewMut};
 use crate::workspace::{WORKSPACE_ALIGN, Workspace};
 
@@ -16,8 +16,19 @@ pub struct CpuBuffer {
 
 impl CpuBuffer {
     /// `bytes` zero bytes.
-    pub fn new(bytes: usize) -> Self {
-        CpuBuffer { lines: vec![Line([0; WORKSPACE_ALIGN]); bytes.div_ceil(WORKSPACE_ALIGN)], bytes }
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`] where there is no such memory.
+    pub fn new(bytes: usize) -> Result<Self> {
+        let count = bytes.div_ceil(WORKSPACE_ALIGN);
+        let mut lines = Vec::new();
+        lines.try_reserve_exact(count).map_err(|e| MlaError::Platform {
+            backend: "cpu",
+            call: "alloc",
+            message: format!("{bytes} bytes: {e}"),
+        })?;
+        lines.resize(count, Line([0; WORKSPACE_ALIGN]));
+        Ok(CpuBuffer { lines, bytes })
     }
 
     /// Its contents.

@@ -1,64 +1,120 @@
-//! The CPU backend.
+//! The CPU backend: reads pages in place, on a rayon pool, with the best instruction set this CPU has.
 
 use std::sync::Arc;
 
-use half::{bf16, f16};
+use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
 
 use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
 use crate::call::{Inputs, Outputs};
 use crate::error::{MlaError, Result};
-use crate::problem::Problem;
+use crate::problem::{BLOCK_TOKENS, Problem};
 use crate::schedule::{Schedule, ScheduleOptions, get_mla_metadata};
-use crate::tensor::{DType, Device, Element, TensorView, TensorViewMut};
+use crate::tensor::{Device, TensorView, TensorViewMut};
 use crate::workspace::Workspace;
 
 mod buffer;
+mod combine;
+mod engine;
+mod geometry;
+mod isa;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod simd;
+mod tile;
+mod wide;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 pub use buffer::CpuBuffer;
+pub use isa::{ISA_VARIABLE, Isa};
 
-/// The CPU backend: reads pages in place, on a rayon pool.
+/// The CPU backend.
+///
+/// Work is cut by the schedule alone, so results have the same bits whatever the number of threads.
 pub struct CpuBackend {
     info: BackendInfo,
+    isa: Isa,
     pool: Option<Arc<rayon::ThreadPool>>,
+    threads: usize,
 }
 
 impl CpuBackend {
-    /// Runs on rayon's global pool.
+    /// Runs on rayon's global pool, with the fastest instruction set this CPU has or the one that the environment
+    /// variable `POLYMLA_CPU_ISA` names: `portable`, `neon`, `avx2`, `avx512f`, `avx512bf16`.
     ///
     /// # Errors
-    /// [`crate::MlaError::Environment`] for a forced path this machine does not have.
+    /// [`MlaError::Environment`] where the variable names an instruction set this CPU lacks, or none.
     pub fn new() -> Result<Self> {
-        let info =
-            BackendInfo { name: "cpu", device_name: "portable".into(), device: Device::Host, evidence: Evidence::T5 };
-        Ok(CpuBackend { info, pool: None })
+        Self::build(Isa::from_environment()?, None)
     }
 
-    /// Runs on the caller's pool instead of rayon's global one.
-    #[must_use]
-    pub fn with_pool(mut self, pool: Arc<rayon::ThreadPool>) -> Self {
-        self.pool = Some(pool);
-        self
+    /// Runs on the caller's pool. Otherwise as [`new`](Self::new).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_pool(pool: Arc<rayon::ThreadPool>) -> Result<Self> {
+        Self::build(Isa::from_environment()?, Some(pool))
     }
-}
 
-fn write<T: Element>(
-    view: &mut TensorViewMut<'_>,
-    param: &'static str,
-    values: &[f64],
-    from: fn(f64) -> T,
-) -> Result<()> {
-    let (shape, strides) = (view.shape().to_vec(), view.strides().to_vec());
-    let ptr = view.host_ptr_mut::<T>(param)?;
-    for (i, value) in values.iter().enumerate() {
-        let (mut rest, mut offset) = (i, 0);
-        for (n, stride) in shape.iter().zip(&strides).rev() {
-            offset += rest % n * stride;
-            rest /= n;
+    /// Runs on rayon's global pool with the instruction set given.
+    ///
+    /// # Errors
+    /// [`MlaError::Absent`] where this CPU lacks it.
+    pub fn with_isa(isa: Isa) -> Result<Self> {
+        Self::build(isa, None)
+    }
+
+    /// Runs on the caller's pool with the instruction set given.
+    ///
+    /// # Errors
+    /// As [`with_isa`](Self::with_isa).
+    pub fn with_isa_and_pool(isa: Isa, pool: Arc<rayon::ThreadPool>) -> Result<Self> {
+        Self::build(isa, Some(pool))
+    }
+
+    fn build(isa: Isa, pool: Option<Arc<rayon::ThreadPool>>) -> Result<Self> {
+        if !isa.is_available() {
+            let reason = format!("this CPU has no {isa}");
+            return Err(MlaError::Absent { backend: "cpu".into(), reason });
         }
-        // SAFETY: the index is inside the shape, which the constructor found inside the memory.
-        unsafe { ptr.add(offset).write(from(*value)) };
+        let threads = pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads());
+        let plural = if threads == 1 { "" } else { "s" };
+        let info = BackendInfo {
+            name: "cpu",
+            device_name: format!("{} ({isa}, {threads} thread{plural})", std::env::consts::ARCH),
+            device: Device::Host,
+            evidence: Evidence::T5,
+        };
+        Ok(CpuBackend { info, isa, pool, threads })
     }
-    Ok(())
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The threads work is spread over.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Calls `f(0)` to `f(n - 1)` on the pool and waits for all of them.
+    fn spread(&self, n: usize, f: &(dyn Fn(usize) + Sync)) {
+        let all = || (0..n).into_par_iter().with_max_len(1).for_each(f);
+        match &self.pool {
+            _ if n <= 1 => (0..n).for_each(f),
+            Some(pool) => pool.install(all),
+            None => all(),
+        }
+    }
+
+    /// Parts for a batch of `blocks` blocks: one for each 16 blocks, which keeps the merging of partial results below a
+    /// twentieth of the work and gives enough parts for the cores of a large machine. The number of threads must not
+    /// count: it would change where requests are cut, and so the bits of the results.
+    fn default_parts(lengths: &[i32]) -> usize {
+        let blocks: usize = lengths.iter().map(|len| len.max(&0).unsigned_abs() as usize / BLOCK_TOKENS + 1).sum();
+        blocks.div_ceil(16).clamp(1, 256)
+    }
 }
 
 impl MlaBackend for CpuBackend {
@@ -69,17 +125,29 @@ impl MlaBackend for CpuBackend {
     fn info(&self) -> &BackendInfo {
         &self.info
     }
-    fn supports(&self, _problem: &Problem) -> std::result::Result<(), Unsupported> {
-        Ok(())
+
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
+        match self.isa.kernels(problem) {
+            Some(_) => Ok(()),
+            None => Err(Unsupported {
+                backend: "cpu",
+                param: "kv_format",
+                value: problem.kv_format().to_string(),
+                limit: "bf16, f16, f32".into(),
+            }),
+        }
     }
+
     fn alloc(&self, bytes: usize) -> Result<CpuBuffer> {
-        Ok(CpuBuffer::new(bytes))
+        CpuBuffer::new(bytes)
     }
+
     fn upload(&self, bytes: &[u8]) -> Result<CpuBuffer> {
-        let mut buffer = CpuBuffer::new(bytes.len());
+        let mut buffer = CpuBuffer::new(bytes.len())?;
         buffer.as_bytes_mut().copy_from_slice(bytes);
         Ok(buffer)
     }
+
     fn download(&self, buffer: &CpuBuffer, bytes: &mut [u8]) -> Result<()> {
         let from = buffer.as_bytes();
         if from.len() < bytes.len() {
@@ -89,9 +157,11 @@ impl MlaBackend for CpuBackend {
         bytes.copy_from_slice(&from[..bytes.len()]);
         Ok(())
     }
+
     fn view<'a>(&self, param: &'static str, buffer: &'a CpuBuffer, like: &TensorView<'_>) -> Result<TensorView<'a>> {
         buffer.view(param, like)
     }
+
     fn view_mut<'a>(
         &self,
         param: &'static str,
@@ -100,16 +170,22 @@ impl MlaBackend for CpuBackend {
     ) -> Result<TensorViewMut<'a>> {
         buffer.view_mut(param, like)
     }
+
     fn workspace<'a>(&self, buffer: &'a mut CpuBuffer) -> Workspace<'a> {
         buffer.workspace()
     }
+
     fn schedule(&self, problem: &Problem, options: &ScheduleOptions, inputs: &Inputs<'_>, _: ()) -> Result<Schedule> {
         inputs.validate(problem, Device::Host)?;
-        get_mla_metadata(&inputs.host_seqlens()?, options.num_sm_parts.unwrap_or(8), options.policy)
+        let lengths = inputs.host_seqlens()?;
+        let parts = options.num_sm_parts.unwrap_or_else(|| Self::default_parts(&lengths));
+        get_mla_metadata(&lengths, parts, options.policy)
     }
-    fn workspace_bytes(&self, _problem: &Problem, schedule: &Schedule) -> usize {
-        64 * (1 + schedule.total_partials())
+
+    fn workspace_bytes(&self, problem: &Problem, schedule: &Schedule) -> usize {
+        engine::Plan::new(problem, schedule, self.threads).bytes
     }
+
     fn run(
         &self,
         problem: &Problem,
@@ -119,20 +195,22 @@ impl MlaBackend for CpuBackend {
         outputs: &mut Outputs<'_>,
         _: (),
     ) -> Result<()> {
+        self.supports(problem)?;
         inputs.validate(problem, Device::Host)?;
         outputs.validate(problem, inputs, Device::Host)?;
         inputs.check_host_tables(problem)?;
         schedule.check(problem, &inputs.host_seqlens()?)?;
-        workspace.host(self.workspace_bytes(problem, schedule))?;
-        let _ = &self.pool;
-        let (out, lse) = crate::reference::decode(problem, inputs)?;
-        match problem.dtype() {
-            DType::Bf16 => write(&mut outputs.out, "out", &out, bf16::from_f64)?,
-            DType::F16 => write(&mut outputs.out, "out", &out, f16::from_f64)?,
-            _ => write(&mut outputs.out, "out", &out, |x| x as f32)?,
+        let plan = engine::Plan::new(problem, schedule, self.threads);
+        let memory = workspace.host(plan.bytes)?.as_mut_ptr();
+        let call = geometry::Call::new(problem, inputs, outputs)?;
+        if let Some(kernels) = self.isa.kernels(problem) {
+            // SAFETY: everything was validated above; the workspace is aligned and large enough; the instruction set
+            // was found on this CPU when the backend was built.
+            unsafe { engine::run(&call, schedule, &plan, kernels, memory, |n, f| self.spread(n, f)) };
         }
-        write(&mut outputs.lse, "lse", &lse, |x| x as f32)
+        Ok(())
     }
+
     fn finish(&self, _: &Schedule, _: ()) -> Result<()> {
         Ok(())
     }
