@@ -246,16 +246,16 @@ fn check_all_types(case: &Case) {
 #[test]
 fn deepseek_shapes() {
     check_all_types(&Case::default());
-    check_all_types(&Case { split: true, h_q: 128, lengths: vec![70, 129], ..Case::default() });
-    check_all_types(&Case { h_q: 128, s_q: 2, mask: Mask::Causal, lengths: vec![1, 3000], ..Case::default() });
+    check_all_types(&Case { split: true, h_q: 128, lengths: vec![70], ..Case::default() });
+    check_all_types(&Case { h_q: 128, s_q: 2, mask: Mask::Causal, lengths: vec![1, 300], ..Case::default() });
 }
 
 #[test]
 fn masks() {
     for mask in [Mask::None, Mask::Causal, Mask::VisibleLengths] {
-        let case = Case { mask, s_q: 5, h_q: 3, lengths: vec![3, 0, 63, 64, 65, 66, 130, 1025], ..Case::default() };
+        let case = Case { mask, s_q: 5, h_q: 3, lengths: vec![3, 0, 64, 65, 66, 259], ..Case::default() };
         check_all_types(&case);
-        check_all_types(&Case { policy: SplitPolicy::BatchInvariant { split_blocks: 1 }, ..case });
+        check::<bf16>(&Case { policy: SplitPolicy::BatchInvariant { split_blocks: 1 }, ..case }, 7);
     }
 }
 
@@ -286,7 +286,8 @@ fn odd_shapes() {
 fn peaked_scores() {
     for spread in [0.0, 30.0] {
         check_all_types(&Case { spread, ..Case::default() });
-        check_all_types(&Case { spread, h_q: 64, lengths: vec![4500], ..Case::default() });
+        let policy = SplitPolicy::BatchInvariant { split_blocks: 3 };
+        check_all_types(&Case { spread, policy, h_q: 40, lengths: vec![1500], ..Case::default() });
     }
 }
 
