@@ -1,10 +1,11 @@
-//! The trait every backend implements, its object-safe form, and the table of backends.
+//! The trait every backend implements, and the table of backends.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use crate::call::{Inputs, KvCache, Outputs, Query};
+use crate::call::{Inputs, Outputs};
 use crate::error::{MlaError, Result};
+pub use crate::host::{HostBackend, RepeatedInputs, Timing};
 use crate::problem::Problem;
 use crate::schedule::ScheduleOptions;
 use crate::tensor::{Device, TensorView, TensorViewMut};
@@ -92,6 +93,18 @@ pub trait MlaBackend: Send + Sync {
     /// [`MlaError::Platform`].
     fn upload(&self, bytes: &[u8]) -> Result<Self::Buffer>;
 
+    /// Memory of `bytes` bytes that repeats `tile` to its end: inputs of benchmarks, which need not travel whole.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`].
+    fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<Self::Buffer> {
+        let mut whole = tile[..tile.len().min(bytes)].to_vec();
+        while whole.len() < bytes && !whole.is_empty() {
+            whole.extend_from_within(..whole.len().min(bytes - whole.len()));
+        }
+        self.upload(&whole)
+    }
+
     /// Copies a buffer back, after all work enqueued so far.
     ///
     /// # Errors
@@ -176,185 +189,6 @@ pub trait MlaBackend: Send + Sync {
     /// [`MlaError::Platform`].
     fn flush_caches(&self, _stream: Self::Stream) -> Result<()> {
         Ok(())
-    }
-}
-
-/// How to time a problem.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Timing {
-    /// Runs before the first timed one.
-    pub warmups: usize,
-    /// Timed runs.
-    pub repeats: usize,
-    /// Whether caches are flushed before each timed run.
-    pub flush: bool,
-}
-
-impl Default for Timing {
-    fn default() -> Self {
-        Timing { warmups: 2, repeats: 15, flush: true }
-    }
-}
-
-/// The object-safe form over host tensors: what the command line, the conformance suite and foreign-language bindings
-/// use. Every [`MlaBackend`] has it.
-pub trait HostBackend: Send + Sync {
-    /// Identity and device.
-    fn info(&self) -> &BackendInfo;
-
-    /// Whether it can serve `problem`.
-    ///
-    /// # Errors
-    /// [`Unsupported`], with the reason.
-    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported>;
-
-    /// All four steps on host tensors: copies in, schedules, runs, waits, copies out.
-    ///
-    /// # Errors
-    /// As [`MlaBackend::run`] and [`MlaBackend::finish`].
-    fn decode(
-        &self,
-        problem: &Problem,
-        options: &ScheduleOptions,
-        inputs: &Inputs<'_>,
-        outputs: &mut Outputs<'_>,
-    ) -> Result<()>;
-
-    /// Times `run` alone: tensors in place, schedule made. Returns one duration a repeat, in order.
-    ///
-    /// # Errors
-    /// As [`decode`](Self::decode).
-    fn time(
-        &self,
-        problem: &Problem,
-        options: &ScheduleOptions,
-        inputs: &Inputs<'_>,
-        outputs: &mut Outputs<'_>,
-        timing: Timing,
-    ) -> Result<Vec<Duration>>;
-}
-
-/// Copies of a call's input tensors where the backend's tensors live.
-struct Uploaded<B: MlaBackend + ?Sized> {
-    buffers: Vec<(&'static str, B::Buffer)>,
-}
-
-impl<B: MlaBackend + ?Sized> Uploaded<B> {
-    fn new(backend: &B, inputs: &Inputs<'_>) -> Result<Self> {
-        let buffers = inputs
-            .tensors()
-            .map(|(name, view)| Ok((name, backend.upload(view.host_bytes(name)?)?)))
-            .collect::<Result<_>>()?;
-        Ok(Uploaded { buffers })
-    }
-
-    fn view<'a>(&'a self, backend: &B, name: &'static str, like: &TensorView<'_>) -> Result<TensorView<'a>> {
-        let found = self.buffers.iter().find(|(n, _)| *n == name);
-        let (_, buffer) = found.ok_or(MlaError::MissingTensor { param: name, limit: "it was not uploaded" })?;
-        backend.view(name, buffer, like)
-    }
-
-    fn inputs<'a>(&'a self, backend: &B, host: &Inputs<'_>) -> Result<Inputs<'a>> {
-        let one = |name, like: &TensorView<'_>| self.view(backend, name, like);
-        let maybe = |name, like: &Option<TensorView<'_>>| like.as_ref().map(|t| one(name, t)).transpose();
-        Ok(Inputs {
-            query: match &host.query {
-                Query::Fused(q) => Query::Fused(one("q", q)?),
-                Query::Split { q_nope, q_pe } => {
-                    Query::Split { q_nope: one("q_nope", q_nope)?, q_pe: maybe("q_pe", q_pe)? }
-                }
-            },
-            kv_cache: match &host.kv_cache {
-                KvCache::Fused(k) => KvCache::Fused(one("k_cache", k)?),
-                KvCache::Split { ckv, kpe } => KvCache::Split { ckv: one("ckv", ckv)?, kpe: maybe("kpe", kpe)? },
-            },
-            block_table: one("block_table", &host.block_table)?,
-            cache_seqlens: one("cache_seqlens", &host.cache_seqlens)?,
-            visible_lengths: maybe("visible_lengths", &host.visible_lengths)?,
-        })
-    }
-}
-
-/// Runs `body` with every tensor of a host call where the backend's tensors live, and copies the outputs back.
-fn with_tensors<B: MlaBackend, R>(
-    backend: &B,
-    problem: &Problem,
-    inputs: &Inputs<'_>,
-    outputs: &mut Outputs<'_>,
-    body: impl FnOnce(&Inputs<'_>, &mut Outputs<'_>) -> Result<R>,
-) -> Result<R> {
-    backend.supports(problem)?;
-    inputs.validate(problem, Device::Host)?;
-    outputs.validate(problem, inputs, Device::Host)?;
-    inputs.check_host_tables(problem)?;
-    if backend.info().device == Device::Host {
-        return body(inputs, outputs);
-    }
-    let uploaded = Uploaded::new(backend, inputs)?;
-    let device_inputs = uploaded.inputs(backend, inputs)?;
-    // Outputs travel both ways, so that bytes between strided rows keep what the caller had there.
-    let mut out = backend.upload(outputs.out.host_bytes_mut("out")?)?;
-    let mut lse = backend.upload(outputs.lse.host_bytes_mut("lse")?)?;
-    let result = {
-        let mut device_outputs = Outputs {
-            out: backend.view_mut("out", &mut out, &outputs.out.as_view())?,
-            lse: backend.view_mut("lse", &mut lse, &outputs.lse.as_view())?,
-        };
-        body(&device_inputs, &mut device_outputs)?
-    };
-    backend.download(&out, outputs.out.host_bytes_mut("out")?)?;
-    backend.download(&lse, outputs.lse.host_bytes_mut("lse")?)?;
-    Ok(result)
-}
-
-impl<B: MlaBackend> HostBackend for B {
-    fn info(&self) -> &BackendInfo {
-        MlaBackend::info(self)
-    }
-
-    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
-        MlaBackend::supports(self, problem)
-    }
-
-    fn decode(
-        &self,
-        problem: &Problem,
-        options: &ScheduleOptions,
-        inputs: &Inputs<'_>,
-        outputs: &mut Outputs<'_>,
-    ) -> Result<()> {
-        with_tensors(self, problem, inputs, outputs, |inputs, outputs| {
-            flash_mla_with_kvcache(self, problem, options, inputs, outputs, B::Stream::default())
-        })
-    }
-
-    fn time(
-        &self,
-        problem: &Problem,
-        options: &ScheduleOptions,
-        inputs: &Inputs<'_>,
-        outputs: &mut Outputs<'_>,
-        timing: Timing,
-    ) -> Result<Vec<Duration>> {
-        with_tensors(self, problem, inputs, outputs, |inputs, outputs| {
-            let stream = B::Stream::default();
-            let schedule = self.schedule(problem, options, inputs, stream)?;
-            let mut scratch = self.alloc(self.workspace_bytes(problem, &schedule))?;
-            let mut workspace = self.workspace(&mut scratch);
-            let mut times = Vec::with_capacity(timing.repeats);
-            for i in 0..timing.warmups + timing.repeats {
-                if timing.flush {
-                    self.flush_caches(stream)?;
-                }
-                let took = self.elapsed(&schedule, stream, &mut || {
-                    self.run(problem, &schedule, &mut workspace, inputs, outputs, stream)
-                })?;
-                if i >= timing.warmups {
-                    times.push(took);
-                }
-            }
-            Ok(times)
-        })
     }
 }
 

@@ -15,6 +15,7 @@ pub mod cpu;
 #[cfg(feature = "sm90")]
 pub mod cuda;
 pub mod error;
+mod host;
 pub mod problem;
 pub mod reference;
 pub mod schedule;
@@ -22,7 +23,8 @@ pub mod tensor;
 pub mod workspace;
 
 pub use backend::{
-    BackendInfo, Evidence, HostBackend, MlaBackend, Timing, Unsupported, flash_mla_with_kvcache, open, registry, select,
+    BackendInfo, Evidence, HostBackend, MlaBackend, RepeatedInputs, Timing, Unsupported, flash_mla_with_kvcache, open,
+    registry, select,
 };
 pub use call::{Inputs, KvCache, Outputs, Query};
 pub use error::{MlaError, Result};

@@ -244,6 +244,23 @@ impl<'a> TensorView<'a> {
         Ok(view)
     }
 
+    /// A shape without gaps and without memory, for [`MlaBackend::view`](crate::MlaBackend::view) to lay over a buffer.
+    /// Reading it reads nothing: it claims no bytes, so only its description may be used.
+    pub(crate) fn description(dtype: DType, shape: &[usize]) -> Self {
+        let mut view = TensorView {
+            memory: Memory::Address(0),
+            bytes: 0,
+            device: Device::Host,
+            dtype,
+            rank: shape.len().min(MAX_RANK),
+            shape: [1; MAX_RANK],
+            strides: contiguous_strides(shape),
+            borrow: PhantomData,
+        };
+        view.shape[..view.rank].copy_from_slice(&shape[..view.rank]);
+        view
+    }
+
     /// Bytes from the first element to the end of the last one; 0 where the tensor is empty.
     fn extent_bytes(&self, param: &'static str) -> Result<u64> {
         let overflow = || MlaError::Overflow {

@@ -208,6 +208,14 @@ impl MlaBackend for Sm90Backend {
         Ok(buffer)
     }
 
+    fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<DeviceBuffer> {
+        let tile = &tile[..tile.len().min(bytes)];
+        let mut buffer = self.alloc(bytes)?;
+        buffer.write(0, tile)?;
+        buffer.repeat(tile.len())?;
+        Ok(buffer)
+    }
+
     fn download(&self, buffer: &DeviceBuffer, bytes: &mut [u8]) -> Result<()> {
         buffer.read(0, bytes)
     }
