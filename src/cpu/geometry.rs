@@ -118,11 +118,6 @@ impl<'a> Call<'a> {
         self.problem.visible_end(unsafe { self.length(request) }, j, visible)
     }
 
-    /// Whether both parts of q and of the cache have an even number of columns.
-    pub fn columns_are_even(&self) -> bool {
-        self.q.iter().chain(&self.kv).all(|rows| rows.columns.is_multiple_of(2))
-    }
-
     /// Finds `tokens` tokens of a request from `begin`, and pads them with zeros.
     ///
     /// # Safety

@@ -95,9 +95,14 @@ impl Isa {
                 }
             };
         }
+        // Pairs of columns must not straddle the end of a token or of one of its parts.
+        #[cfg(target_arch = "x86_64")]
+        let even = problem.head_dim_k().is_multiple_of(2) && problem.head_dim_v().is_multiple_of(2);
         Some(match self {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => pick!(avx2),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 if problem.kv_format() == KvFormat::Bf16 && even => &super::pairs::BF16,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512f | Isa::Avx512Bf16 => pick!(avx512f),
             #[cfg(target_arch = "aarch64")]

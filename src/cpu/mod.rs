@@ -19,6 +19,8 @@ mod geometry;
 mod isa;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod simd;
 mod tile;
 mod wide;

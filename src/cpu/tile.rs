@@ -70,7 +70,8 @@ pub(super) struct Tile {
     /// Panels of 16 rows.
     pub panels: usize,
     pub head_dim_k: usize,
-    /// head_dim_v rounded up to 16.
+    pub head_dim_v: usize,
+    /// head_dim_v rounded up to 32.
     pub v_columns: usize,
     /// Elements between staged tokens: more than head_dim_k by at least 16, and an odd number of cache lines, so that
     /// the same column of all tokens spreads over the sets of the L1.
@@ -108,6 +109,7 @@ impl Tile {
 pub(super) struct Sizes {
     panels: usize,
     head_dim_k: usize,
+    head_dim_v: usize,
     v_columns: usize,
     k_stride: usize,
 }
@@ -118,7 +120,8 @@ impl Sizes {
         Sizes {
             panels: rows.div_ceil(PANEL),
             head_dim_k,
-            v_columns: head_dim_v.div_ceil(16).saturating_mul(16),
+            head_dim_v,
+            v_columns: head_dim_v.div_ceil(32).saturating_mul(32),
             k_stride: (lines | 1).saturating_mul(16),
         }
     }
@@ -173,6 +176,7 @@ impl Sizes {
             rows,
             panels: rows.div_ceil(PANEL),
             head_dim_k: self.head_dim_k,
+            head_dim_v: self.head_dim_v,
             v_columns: self.v_columns,
             k_stride: self.k_stride,
         }

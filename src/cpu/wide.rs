@@ -294,7 +294,7 @@ unsafe fn accumulate<S: Simd, const MR: usize, const NV: usize>(
                 }
                 row += if rows.1 - row >= MR { MR } else { 1 };
             }
-            column += if wide { NV * S::LANES } else { 16 };
+            column += if wide { NV * S::LANES } else { S::LANES };
         }
     }
 }
