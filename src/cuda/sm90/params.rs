@@ -76,3 +76,87 @@ const _: () = {
     assert!(size_of::<TensorMap>() == 128 && align_of::<TensorMap>() == 64);
     assert!(size_of::<crate::schedule::PartMetadata>() == 32);
 };
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::mem::offset_of;
+
+    use super::*;
+
+    /// Byte offsets of a struct's fields in params.h, by name; the header promises that nothing is padded.
+    fn offsets(name: &str) -> (HashMap<String, usize>, usize) {
+        let files = super::super::built::FILES;
+        let text = files.iter().find(|(file, _)| *file == "params.h").expect("params.h").1;
+        let body = text.split_once(&format!("struct {name} {{")).expect("the struct").1;
+        let body = body.split_once("};").expect("its end").0;
+        let without_comments: String = body.lines().map(|line| line.split("//").next().unwrap_or("")).collect();
+        let (mut found, mut at) = (HashMap::new(), 0);
+        for declaration in without_comments.split(';').map(str::trim).filter(|d| !d.is_empty()) {
+            let first_name = declaration.split(',').next().and_then(|d| d.rsplit([' ', '*']).next()).expect("a name");
+            let kind = declaration[..declaration.find(first_name).expect("found above")].trim();
+            let size = match kind {
+                "int" | "float" => 4,
+                "i64" => 8,
+                pointer if pointer.ends_with('*') => 8,
+                other => panic!("{name}: a field of type {other:?}"),
+            };
+            let names = declaration.trim_start_matches(kind).split(',').map(str::trim);
+            for field in names {
+                found.insert(field.to_string(), at);
+                at += size;
+            }
+        }
+        (found, at)
+    }
+
+    macro_rules! same {
+        ($type:ident: $($field:ident = $name:literal),* $(,)?) => {{
+            let (header, size) = offsets(stringify!($type));
+            $(assert_eq!(Some(&offset_of!($type, $field)), header.get($name), "{}", $name);)*
+            assert_eq!(size, size_of::<$type>());
+        }};
+    }
+
+    #[test]
+    fn decode_params_lie_as_in_the_header() {
+        same!(DecodeParams:
+            q_nope = "q_nope", q_pe = "q_pe", q_nope_strides = "q_nope_stride_b", q_pe_strides = "q_pe_stride_b",
+            ckv = "ckv", kpe = "kpe", ckv_strides = "ckv_stride_page", kpe_strides = "kpe_stride_page",
+            block_table = "block_table", block_table_stride_b = "block_table_stride_b",
+            cache_seqlens = "cache_seqlens", visible_lens = "visible_lens",
+            visible_lens_stride_b = "visible_lens_stride_b", out = "out", out_strides = "out_stride_b",
+            lse = "lse", lse_strides = "lse_stride_b", parts = "parts", num_splits = "num_splits",
+            partial_out = "partial_out", partial_lse = "partial_lse", status = "status", b = "b", s_q = "s_q",
+            h_q = "h_q", h_kv = "h_kv", heads_per_kv = "heads_per_kv", m_tiles = "m_tiles", num_parts = "num_parts",
+            page_size = "page_size", num_pages = "num_pages", max_pages_per_seq = "max_pages_per_seq",
+            causal = "causal", fixed_split_blocks = "fixed_split_blocks", flags = "flags", scale_log2 = "scale_log2",
+        );
+    }
+
+    #[test]
+    fn order_within_groups_of_strides() {
+        let (header, _) = offsets("DecodeParams");
+        for group in [
+            ["q_nope_stride_b", "q_nope_stride_s", "q_nope_stride_h"],
+            ["q_pe_stride_b", "q_pe_stride_s", "q_pe_stride_h"],
+            ["ckv_stride_page", "ckv_stride_token", "ckv_stride_head"],
+            ["kpe_stride_page", "kpe_stride_token", "kpe_stride_head"],
+            ["out_stride_b", "out_stride_s", "out_stride_h"],
+            ["lse_stride_b", "lse_stride_h", "lse_stride_s"],
+        ] {
+            let at: Vec<usize> = group.iter().map(|name| header[*name]).collect();
+            assert_eq!(at, [at[0], at[0] + 8, at[0] + 16], "{group:?}");
+        }
+    }
+
+    #[test]
+    fn schedule_params_lie_as_in_the_header() {
+        same!(ScheduleParams:
+            cache_seqlens = "cache_seqlens", parts = "parts", num_splits = "num_splits", scratch = "scratch",
+            b = "b", num_parts = "num_parts", max_len = "max_len", fixed_split_blocks = "fixed_split_blocks",
+            cost_segment = "cost_segment", cost_split = "cost_split", cost_combine = "cost_combine",
+            min_split_blocks = "min_split_blocks",
+        );
+    }
+}

@@ -28,6 +28,9 @@ const MAX_TOKENS: u64 = i32::MAX as u64 + 1 - BLOCK_TOKENS as u64;
 /// Most parts: what the schedule and combine kernels keep track of.
 const MAX_PARTS: usize = 1024;
 
+/// An overhead beyond any request, where splitting never pays.
+const MAX_OVERHEAD_BLOCKS: u32 = 1 << 26;
+
 /// Threads of the schedule kernel, which is one block.
 const SCHEDULE_THREADS: u32 = 512;
 
@@ -186,7 +189,7 @@ impl Sm90Schedule {
             num_parts: self.num_parts as i32,
             max_len: usable_pages_per_seq(problem).saturating_mul(problem.page_size().min(i32::MAX as usize) as i32),
             fixed_split_blocks: self.fixed_split_blocks(),
-            ..self.costs(problem)
+            ..self.costs()
         };
         let launch = Launch { grid: [1; 3], block: SCHEDULE_THREADS, cluster: 1, programmatic: true };
         // SAFETY: the kernel's one parameter. It reads b lengths, which the view vouches for, and writes the three
@@ -198,21 +201,16 @@ impl Sm90Schedule {
         Ok(())
     }
 
-    /// The cost model, in eighths of the time of a block.
-    fn costs(&self, problem: &Problem) -> ScheduleParams {
-        let tiles = m_tiles(problem);
-        let _ = tiles;
-        let overhead = match self.policy {
-            SplitPolicy::Balanced { overhead_blocks } => overhead_blocks.min(1 << 20) as i32,
-            SplitPolicy::BatchInvariant { .. } => DEFAULT_OVERHEAD_BLOCKS as i32,
+    /// The cost model, in eighths of the time of a block. Upstream's overhead, the default of
+    /// [`SplitPolicy::Balanced`], stands for what was measured on these kernels; any other is taken as it is.
+    fn costs(&self) -> ScheduleParams {
+        let cost_segment = match self.policy {
+            SplitPolicy::Balanced { overhead_blocks } if overhead_blocks != DEFAULT_OVERHEAD_BLOCKS => {
+                8 * overhead_blocks.min(MAX_OVERHEAD_BLOCKS) as i32
+            }
+            _ => 16,
         };
-        ScheduleParams {
-            cost_segment: overhead * 8,
-            cost_split: 0,
-            cost_combine: 0,
-            min_split_blocks: 1,
-            ..ScheduleParams::default()
-        }
+        ScheduleParams { cost_segment, cost_split: 8, cost_combine: 16, min_split_blocks: 1, ..Default::default() }
     }
 
     /// Blocks a split in batch-invariant mode, 0 otherwise.

@@ -39,8 +39,8 @@ impl Variant {
 
     pub(super) fn of(problem: &Problem) -> Variant {
         let page = problem.page_size();
-        // A page of one token would take more boxes a block than a warp has lanes.
-        let tma = page.is_multiple_of(BLOCK_TOKENS) || (page > 1 && BLOCK_TOKENS.is_multiple_of(page));
+        // The swizzle repeats every 8 rows, so a box of fewer would have to begin in the middle of a pattern.
+        let tma = page.is_multiple_of(BLOCK_TOKENS) || (page >= 8 && BLOCK_TOKENS.is_multiple_of(page));
         let form = match (tma, m_tiles(problem).is_multiple_of(2)) {
             (false, _) => Form::Gather,
             (true, false) => Form::Tma,
