@@ -27,6 +27,8 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
     const u32 smem = smem_addr(smem_raw);
     const u32 warp = threadIdx.x / 32;
 
+    PM_TIME(0);
+    PM_MARK(0, 0, 10);
     if (threadIdx.x == 128) {
         if (!GATHER) {
             tma_prefetch_map(map_ckv);
@@ -54,11 +56,13 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
         walk_start(p, smem);
         for (u32 seg = 0; seg < 3; ++seg) walk_step<Elem>(p, smem, seg);
     }
+    PM_MARK(0, 0, 11);
     if (CLUSTER == 1)
         __syncthreads();
     else
         cluster_sync();
     pdl_launch_dependents();
+    PM_MARK(0, 0, 12);
 
     if (warp < 4) {
         reg_inc<184>();
@@ -67,6 +71,7 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
         reg_dec<160>();
         PvWarpgroup<Elem, CLUSTER, GATHER>::run(p, map_ckv, smem, warp / 4 - 1);
     }
+    PM_TIME(1);
     // A CTA may not leave while its peer still multicasts into it or arrives on its barriers.
     if (CLUSTER != 1) cluster_sync();
 }

@@ -2,8 +2,7 @@
 // that frees a piece of a stage refills it, three blocks ahead: each PV warpgroup its half
 // of the 512 columns right after P V(j), the QK warpgroup the rope columns after Q K^T(j).
 //
-// TMA form: boxes of 64 columns x min(page_size, 64) tokens, evict-first, issued by one warp,
-// one lane a page. In a cluster of two CTAs (two M tiles of the same request) CTA 0 loads the
+// TMA form: boxes of 64 columns x min(page_size, 64) tokens, evict-first, issued by one warp. In a cluster of two CTAs (two M tiles of the same request) CTA 0 loads the
 // left halves of every block, CTA 1 the right halves, each multicast to both.
 //
 // Gather form: any page size, 16 bytes a cp.async, 128 threads a half.
@@ -20,90 +19,100 @@ PM_DEV void report_bad(const DecodeParams& p, int req) {
     if (p.status) atomicMin(p.status, req);
 }
 
-// Where this lane's page of a block lies, for TMA.
+// Where a block lies, for TMA: found early (it reads the table), used when the stage is free.
 struct BoxAt {
-    int boxes;      // pages (boxes per 64 columns) of the block that hold keys
-    int page;       // this lane's, valid below `boxes`
-    int token;      // first token within the page
-    u32 offset;     // of the page's rows within a sub-tile
-    u32 row_bytes;  // bytes per sub-tile
+    int page;       // this lane's, valid in lanes below `boxes`
+    u32 boxes;      // low 8 bits: pages of the block that hold keys, 0 when there is no block;
+                    // above: first token within the page / 64
+    PM_DEV u32 count() const { return boxes & 255; }
+    PM_DEV int token() const { return int(boxes >> 8) * BLOCK; }
 };
 
-PM_DEV BoxAt locate(const DecodeParams& p, u32 rec, int blk) {
-    const int lane = threadIdx.x % 32;
+// Block `blk` counted from segment `seg`; walks on into later segments. By one whole warp.
+PM_DEV BoxAt locate(const DecodeParams& p, u32 smem, u32 seg, int blk) {
+    BoxAt at{0, 0};
+    if (!normalise(smem, seg, blk)) return at;
+    const u32 rec = segment_record(smem, seg);
+    const u32 lane = threadIdx.x % 32;
     const int req = ld_shared(rec + SEG_REQ);
-    const int* table = p.block_table + i64(req) * p.block_table_stride_b;
-    BoxAt at{1, 0, 0, 0, 64 * 128};
     int index = blk;
-    if (p.page_size < BLOCK) {
-        const int per_block = BLOCK / p.page_size;
-        const int valid = ld_shared(rec + SEG_LEN) - blk * BLOCK;
-        at.boxes = valid < BLOCK ? (valid + p.page_size - 1) / p.page_size : per_block;
-        at.offset = u32(lane * p.page_size) * 128;
-        at.row_bytes = u32(at.boxes * p.page_size) * 128;
-        index = blk * per_block + lane;
-    } else if (p.page_size > BLOCK) {
-        const int per_page = p.page_size / BLOCK;
-        index = blk / per_page;
-        at.token = (blk - index * per_page) * BLOCK;
+    at.boxes = 1;
+    if (p.page_size != BLOCK) {
+        if (p.page_size < BLOCK) {
+            const int per_block = BLOCK / p.page_size;
+            const int valid = ld_shared(rec + SEG_LEN) - blk * BLOCK;
+            at.boxes = u32(valid < BLOCK ? (valid + p.page_size - 1) / p.page_size : per_block);
+            index = blk * per_block + int(lane);
+        } else {
+            const int per_page = p.page_size / BLOCK;
+            index = blk / per_page;
+            at.boxes = 1u | u32(blk - index * per_page) << 8;
+        }
     }
-    if (lane < at.boxes) {
-        at.page = __ldg(table + index);
+    if (lane < at.count()) {
+        at.page = __ldg(p.block_table + i64(req) * p.block_table_stride_b + index);
         if (u32(at.page) >= u32(p.num_pages)) {
             at.page = 0;
             st_shared(rec + SEG_BAD, 1);
             report_bad(p, req);
         }
     }
+    __syncwarp();
     return at;
 }
 
-// One warp of the PV warpgroup of `half`: block `blk` of segment `seg` into `stage`, whose use
-// has `parity`. All warps of the warpgroup must be done with the previous use.
+// One warp of the PV warpgroup of `half`: fills that half of `stage`, whose next use has `parity`.
+// All warps of the warpgroup must be done with the previous use.
 template <int CLUSTER>
-PM_DEV void load_half_tma(const DecodeParams& p, const TensorMap* map, u32 smem, u32 seg, int blk, u32 half, u32 stage,
+PM_DEV void load_half_tma(const DecodeParams& p, const TensorMap* map, u32 smem, const BoxAt& at, u32 half, u32 stage,
                           u32 parity) {
-    const int lane = threadIdx.x % 32;
-    const BoxAt at = locate(p, segment_record(smem, seg), blk);
     const u32 full = smem + (half ? Smem::full_r : Smem::full_l) + stage * 8;
-    const u32 dst = smem + Smem::kv + stage * STAGE_BYTES + half * HALF + at.offset;
+    const u32 empty = smem + (half ? Smem::empty_r : Smem::empty_l) + stage * 8;
+    u32 dst = smem + Smem::kv + stage * STAGE_BYTES + half * HALF;
+    const u32 rows = p.page_size < BLOCK ? u32(p.page_size) : u32(BLOCK);
+    const int n = int(at.count());
+    if (n == 0) return;
+    if (elect_one()) {
+        mbar_expect_tx(full, u32(n) * rows * (4 * 128));
+        // In a cluster both CTAs arm their own barrier, then tell the half's owner that the stage is free.
+        if (CLUSTER != 1) mbar_arrive_cluster(empty, half);
+    }
     __syncwarp();
-    if (CLUSTER == 1) {
-        if (lane == 0) mbar_expect_tx(full, at.row_bytes * 4);
-        __syncwarp();
-        if (lane < at.boxes) {
+    if (CLUSTER != 1) {
+        if (cluster_rank() != half) return;
+        mbar_wait_cluster(empty, parity);
+    }
+#pragma unroll 1
+    for (int i = 0; i < n; ++i, dst += rows * 128) {
+        const int page = __shfl_sync(0xffffffffu, at.page, i);
+        if (elect_one()) {
 #pragma unroll
-            for (int c = 0; c < 4; ++c)
-                tma_load_kv(dst + c * SUB, map, full, half * 256 + c * 64, at.token, blockIdx.y, at.page);
-        }
-    } else {
-        // Both CTAs arm their own barrier, then tell the half's owner that the stage is free.
-        const u32 empty = smem + (half ? Smem::empty_r : Smem::empty_l) + stage * 8;
-        if (lane == 0) {
-            mbar_expect_tx(full, at.row_bytes * 4);
-            mbar_arrive_cluster(empty, half);
-        }
-        __syncwarp();
-        if (cluster_rank() == half) {
-            mbar_wait_cluster(empty, parity);
-            if (lane < at.boxes) {
-#pragma unroll
-                for (int c = 0; c < 4; ++c)
-                    tma_load_kv_multicast(dst + c * SUB, map, full, half * 256 + c * 64, at.token, blockIdx.y, at.page,
+            for (int c = 0; c < 4; ++c) {
+                if (CLUSTER == 1)
+                    tma_load_kv(dst + c * SUB, map, full, half * 256 + c * 64, at.token(), blockIdx.y, page);
+                else
+                    tma_load_kv_multicast(dst + c * SUB, map, full, half * 256 + c * 64, at.token(), blockIdx.y, page,
                                           u16(3));
             }
         }
+        __syncwarp();
     }
 }
 
-PM_DEV void load_rope_tma(const DecodeParams& p, const TensorMap* map, u32 smem, u32 seg, int blk) {
-    const int lane = threadIdx.x % 32;
-    const BoxAt at = locate(p, segment_record(smem, seg), blk);
+PM_DEV void load_rope_tma(const DecodeParams& p, const TensorMap* map, u32 smem, const BoxAt& at) {
+    const u32 rows = p.page_size < BLOCK ? u32(p.page_size) : u32(BLOCK);
+    const int n = int(at.count());
+    if (n == 0) return;
+    if (elect_one()) mbar_expect_tx(smem + Smem::full_rope, u32(n) * rows * 128);
     __syncwarp();
-    if (lane == 0) mbar_expect_tx(smem + Smem::full_rope, at.row_bytes);
-    __syncwarp();
-    if (lane < at.boxes)
-        tma_load_kv(smem + Smem::rope + at.offset, map, smem + Smem::full_rope, 0, at.token, blockIdx.y, at.page);
+#pragma unroll 1
+    for (int i = 0; i < n; ++i) {
+        const int page = __shfl_sync(0xffffffffu, at.page, i);
+        if (elect_one())
+            tma_load_kv(smem + Smem::rope + u32(i) * rows * 128, map, smem + Smem::full_rope, 0, at.token(), blockIdx.y,
+                        page);
+        __syncwarp();
+    }
 }
 
 // Page and offset of token `tok`, checked.
@@ -121,6 +130,7 @@ PM_DEV void find_token(const DecodeParams& p, u32 rec, int tok, int& page, int& 
 
 // All 128 threads of the PV warpgroup of `half`; a warp copies a row's 512 bytes at a time.
 PM_DEV void load_half_gather(const DecodeParams& p, u32 smem, u32 seg, int blk, u32 half, u32 stage) {
+    if (!normalise(smem, seg, blk)) return;
     const u32 warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const u32 rec = segment_record(smem, seg);
     const int valid = ld_shared(rec + SEG_LEN) - blk * BLOCK;

@@ -120,26 +120,21 @@ struct PvWarpgroup {
         }
     }
 
-    // Loads block `blk` of segment `seg` (or where the walk leads from there) into a free stage.
-    static PM_DEV void load(const DecodeParams& p, const TensorMap* map, u32 smem, u32 seg, int blk, u32 half, u32 stage,
-                            u32 parity) {
-        if (!normalise(smem, seg, blk)) return;
-        if (GATHER)
-            load_half_gather(p, smem, seg, blk, half, stage);
-        else
-            load_half_tma<CLUSTER>(p, map, smem, seg, blk, half, stage, parity);
-    }
-
     static PM_DEV void run(const DecodeParams& p, const TensorMap* map, u32 smem, u32 half) {
         const u32 warp = threadIdx.x / 32 % 4;
         float o[128];
         Ring kv;
         u32 item = 0;
 
-        if (GATHER || warp == 0) {
+        {
             const int begin = ld_shared(segment_record(smem, 0) + SEG_BEGIN);
 #pragma unroll 1
-            for (int i = 0; i < STAGES; ++i) load(p, map, smem, 0, begin + i, half, i, 0);
+            for (int i = 0; i < STAGES; ++i) {
+                if (GATHER)
+                    load_half_gather(p, smem, 0, begin + i, half, i);
+                else if (warp == 0)
+                    load_half_tma<CLUSTER>(p, map, smem, locate(p, smem, 0, begin + i), half, i, 0);
+            }
         }
 #pragma unroll 1
         for (u32 seg = 0;; ++seg) {
@@ -152,7 +147,11 @@ struct PvWarpgroup {
 #pragma unroll 1
             do {
                 const u32 buf = item & 1, use = (item >> 1) & 1;
+                PM_MARK(1 + half, item, 0);
+                BoxAt next{0, 0};
+                if (!GATHER && warp == 0) next = locate(p, smem, seg, blk + STAGES);
                 mbar_wait(smem + Smem::p_full + buf * 8, use);
+                PM_MARK(1 + half, item, 1);
                 if (fresh && ld_shared(smem + Smem::rescale + buf * 16 + warp * 4)) {
                     const u32 at = smem + Smem::scale + buf * 128 + (warp * 16 + threadIdx.x % 32 / 4) * 2;
                     short e0, e1;
@@ -174,7 +173,9 @@ struct PvWarpgroup {
                     const int valid = ld_shared(rec + SEG_LEN) - blk * BLOCK;
                     if (valid < BLOCK) zero_tail(half_addr, valid, half);
                 }
+                PM_MARK(1 + half, item, 2);
                 mbar_wait(smem + Smem::gate + buf * 8, use);
+                PM_MARK(1 + half, item, 3);
 
                 const u64 desc_p = desc_k_major(smem + Smem::p + buf * SUB);
                 const u64 desc_v = desc_n_major(half_addr);
@@ -184,7 +185,9 @@ struct PvWarpgroup {
 #pragma unroll
                 for (int k = 1; k < 4; ++k) pv_step<Elem>(o, desc_p + k * 2, desc_v + k * (2048 >> 4), 1);
                 wgmma_commit();
+                PM_MARK(1 + half, item, 4);
                 wgmma_wait<0>();
+                PM_MARK(1 + half, item, 5);
                 fence_regs(o);
                 fresh = 1;
                 if (blk + 1 == end) {
@@ -201,12 +204,18 @@ struct PvWarpgroup {
                 }
                 if (GATHER || warp == 0) {
                     mbar_wait(smem + Smem::done_half + half * 8, item & 1);
-                    load(p, map, smem, seg, blk + STAGES, half, kv.stage, kv.parity ^ 1);
+                    PM_MARK(1 + half, item, 6);
+                    if (GATHER)
+                        load_half_gather(p, smem, seg, blk + STAGES, half, kv.stage);
+                    else
+                        load_half_tma<CLUSTER>(p, map, smem, next, half, kv.stage, kv.parity ^ 1);
                 }
+                PM_MARK(1 + half, item, 7);
                 kv.advance();
                 ++item;
             } while (++blk < end);
             store(p, o, l, m, ld_shared(rec + SEG_REQ), ld_shared(rec + SEG_SLOT), half);
+                PM_MARK(1 + half, item, 8);
         }
     }
 };

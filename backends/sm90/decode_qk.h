@@ -75,13 +75,32 @@ struct QkWarpgroup {
                          : "l"(src));
     }
 
-    // Refills the rope sub-tile with the block after block blk - 1 of segment seg.
-    static PM_DEV void load_rope(const DecodeParams& p, const TensorMap* map, u32 smem, u32 seg, int blk) {
-        if (!normalise(smem, seg, blk)) return;
-        if (GATHER)
-            load_rope_gather(p, smem, seg, blk);
-        else
-            load_rope_tma(p, map, smem, seg, blk);
+    // The largest of eight of a row's sixteen logits in this lane.
+    template <int AT>
+    static PM_DEV float max_of(const float (&s)[32]) {
+        const float a = fmaxf(fmaxf(s[AT], s[AT + 1]), fmaxf(s[AT + 4], s[AT + 5]));
+        return fmaxf(a, fmaxf(fmaxf(s[AT + 8], s[AT + 9]), fmaxf(s[AT + 12], s[AT + 13])));
+    }
+
+    // Raises a row's running maximum when the row's block exceeds it; returns the exponent of the factor.
+    static PM_DEV int raise(float& m, float& l, float top) {
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        if (!(top > m + RESCALE_STEP)) return 0;
+        top = ceilf(top);
+        const int e = int(fmaxf(m - top, -1000.0f));
+        l *= exp2_fast(float(e));
+        m = top;
+        return e;
+    }
+
+    // P number `item` is in shared memory: tell the PV warpgroups, and open the gate unless that
+    // is left to the next block's Q K^T.
+    static PM_DEV void hand_over(u32 smem, u32 item, bool open) {
+        fence_async_shared();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) mbar_arrive(smem + Smem::p_full + (item & 1) * 8);
+        if (open && threadIdx.x == 0) mbar_arrive(smem + Smem::gate + (item & 1) * 8);
     }
 
     static PM_DEV void run(const DecodeParams& p, const TensorMap* map_kpe, u32 smem) {
@@ -90,7 +109,13 @@ struct QkWarpgroup {
         Ring kv;
         u32 item = 0;
 
-        if (ROPE && (GATHER || warp == 0)) load_rope(p, map_kpe, smem, 0, ld_shared(segment_record(smem, 0) + SEG_BEGIN));
+        if (ROPE) {
+            const int first = ld_shared(segment_record(smem, 0) + SEG_BEGIN);
+            if (GATHER)
+                load_rope_gather(p, smem, 0, first);
+            else if (warp == 0)
+                load_rope_tma(p, map_kpe, smem, locate(p, smem, 0, first));
+        }
 #pragma unroll 1
         for (u32 seg = 0;; ++seg) {
             const u32 rec = segment_record(smem, seg);
@@ -113,22 +138,31 @@ struct QkWarpgroup {
                 __syncwarp();
             }
             float m[2] = {M_INIT, M_INIT}, l[2] = {0.0f, 0.0f};
-            bool gated = false;     // the previous block's PV still waits for us
 
 #pragma unroll 1
-            do {
+            for (bool first = true;; first = false) {
                 float s[32];
-                // ---- S = Q K^T
+                // ---- S = Q K^T. When the block has landed its first steps go ahead of handing
+                // over the previous P: the PV warpgroups are held at the gate anyway.
+                PM_MARK(0, item, 0);
                 const u64 desc = desc_k_major(smem + Smem::kv + kv.stage * STAGE_BYTES);
-                mbar_wait(smem + Smem::full_l + kv.stage * 8, kv.parity);
+                const u32 full_l = smem + Smem::full_l + kv.stage * 8;
+                const bool landed = !first && __all_sync(0xffffffffu, mbar_test(full_l, kv.parity));
+                if (!landed) {
+                    if (!first) hand_over(smem, item - 1, true);
+                    mbar_wait(full_l, kv.parity);
+                }
                 if (GATHER) fence_async_shared();
+                PM_MARK(0, item, 1);
                 fence_regs(s);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < 16; ++k)
                     qk_step<Elem>(s, q[k], desc + (k / 4) * (SUB >> 4) + (k % 4) * 2, k != 0);
+                if (landed) hand_over(smem, item - 1, false);
                 mbar_wait(smem + Smem::full_r + kv.stage * 8, kv.parity);
                 if (GATHER) fence_async_shared();
+                PM_MARK(0, item, 2);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 16; k < 28; ++k)
@@ -139,9 +173,12 @@ struct QkWarpgroup {
                     qk_step<Elem>(s, q[k], desc + (k / 4) * (SUB >> 4) + (k % 4) * 2, 1);
                 qk_step_shared<Elem>(s, desc_q_last(smem + Smem::q_last), desc + 7 * (SUB >> 4) + 6);
                 wgmma_commit();
+                BoxAt next_rope{0, 0};
                 if (ROPE) {
+                    if (!GATHER && warp == 0) next_rope = locate(p, smem, seg, blk + 1);
                     mbar_wait(smem + Smem::full_rope, item & 1);
                     if (GATHER) fence_async_shared();
+                    PM_MARK(0, item, 3);
                     wgmma_fence();
 #pragma unroll
                     for (int k = 0; k < 4; ++k)
@@ -150,19 +187,28 @@ struct QkWarpgroup {
                     wgmma_commit();
                 }
                 wgmma_wait<1>();
-                if (gated && threadIdx.x == 0) mbar_arrive(smem + Smem::gate + ((item + 1) & 1) * 8);
+                if (landed && threadIdx.x == 0) mbar_arrive(smem + Smem::gate + ((item + 1) & 1) * 8);
+                PM_MARK(0, item, 4);
                 wgmma_wait<0>();
                 fence_regs(s);
+                PM_MARK(0, item, 5);
                 if (ROPE) {
                     __syncwarp();
                     if (lane == 0) mbar_arrive(smem + Smem::done_rope);
                     if (GATHER || warp == 0) {
                         mbar_wait(smem + Smem::done_rope, item & 1);
-                        load_rope(p, map_kpe, smem, seg, blk + 1);
+                        if (GATHER) {
+                            u32 next_seg = seg;
+                            int next_blk = blk + 1;
+                            if (normalise(smem, next_seg, next_blk)) load_rope_gather(p, smem, next_seg, next_blk);
+                        } else {
+                            load_rope_tma(p, map_kpe, smem, next_rope);
+                        }
                     }
                 }
+                PM_MARK(0, item, 6);
 
-                // ---- mask, running maximum
+                // ---- mask
                 if (blk >= mask_from) {
                     const u32 at = smem + Smem::limit + (warp * 16 + lane / 4) * 4;
                     const int tok = blk * BLOCK + int(lane % 4) * 2;
@@ -175,90 +221,63 @@ struct QkWarpgroup {
                         if (tok + 8 * i + 1 >= limit1) s[4 * i + 3] = -__int_as_float(0x7f800000);
                     }
                 }
-                float top0 = fmaxf(s[0], s[1]), top1 = fmaxf(s[2], s[3]);
-#pragma unroll
-                for (int i = 1; i < 8; ++i) {
-                    top0 = fmaxf(top0, fmaxf(s[4 * i], s[4 * i + 1]));
-                    top1 = fmaxf(top1, fmaxf(s[4 * i + 2], s[4 * i + 3]));
-                }
-                top0 = fmaxf(top0, __shfl_xor_sync(0xffffffffu, top0, 1));
-                top1 = fmaxf(top1, __shfl_xor_sync(0xffffffffu, top1, 1));
+                // ---- running maximum; each lane looks at its own logits, the quad only meets when it moves
+                const u32 buf = item & 1;
                 const float scale = p.scale_log2;
-                top0 = fmaxf(top0, __shfl_xor_sync(0xffffffffu, top0, 2)) * scale;
-                top1 = fmaxf(top1, __shfl_xor_sync(0xffffffffu, top1, 2)) * scale;
-                const bool up0 = top0 > m[0] + RESCALE_STEP, up1 = top1 > m[1] + RESCALE_STEP;
-                const bool rescale = __any_sync(0xffffffffu, up0 || up1);
-                int e0 = 0, e1 = 0;     // exponents: the factor is a power of two, so rescaling is exact
+                float top0 = fmaxf(max_of<0>(s), max_of<16>(s)) * scale;
+                float top1 = fmaxf(max_of<2>(s), max_of<18>(s)) * scale;
+                const bool rescale =
+                    __any_sync(0xffffffffu, top0 > m[0] + RESCALE_STEP || top1 > m[1] + RESCALE_STEP);
+                mbar_wait(smem + Smem::p_empty + buf * 8, ((item >> 1) & 1) ^ 1);
+                if (lane == 0) st_shared(smem + Smem::rescale + buf * 16 + warp * 4, rescale);
                 if (rescale) {
-                    if (up0) {
-                        top0 = ceilf(top0);
-                        e0 = int(fmaxf(m[0] - top0, -1000.0f));
-                        m[0] = top0;
+                    // Exponents: the factor is a power of two, so rescaling is exact.
+                    const int e0 = raise(m[0], l[0], top0), e1 = raise(m[1], l[1], top1);
+                    if (lane % 4 == 0) {
+                        const u32 at = smem + Smem::scale + buf * 128 + (warp * 16 + lane / 4) * 2;
+                        asm volatile("st.shared.s16 [%0], %1;" ::"r"(at), "h"(short(e0)) : "memory");
+                        asm volatile("st.shared.s16 [%0], %1;" ::"r"(at + 16), "h"(short(e1)) : "memory");
                     }
-                    if (up1) {
-                        top1 = ceilf(top1);
-                        e1 = int(fmaxf(m[1] - top1, -1000.0f));
-                        m[1] = top1;
-                    }
-                    l[0] *= exp2_fast(float(e0));
-                    l[1] *= exp2_fast(float(e1));
                 }
 
                 // ---- P = 2^(scale * S - m), row sums
-                u32 packed[16];
-                float sum0 = 0, sum1 = 0;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const float a = exp2_fast(fmaf(s[4 * i], scale, -m[0]));
-                    const float b = exp2_fast(fmaf(s[4 * i + 1], scale, -m[0]));
-                    const float c = exp2_fast(fmaf(s[4 * i + 2], scale, -m[1]));
-                    const float d = exp2_fast(fmaf(s[4 * i + 3], scale, -m[1]));
-                    sum0 += a + b;
-                    sum1 += c + d;
-                    packed[2 * i] = pack2<Elem>(a, b);
-                    packed[2 * i + 1] = pack2<Elem>(c, d);
-                }
-                l[0] += sum0;
-                l[1] += sum1;
-
-                // ---- hand P over
-                const u32 buf = item & 1;
-                mbar_wait(smem + Smem::p_empty + buf * 8, ((item >> 1) & 1) ^ 1);
                 const u32 tile = smem + Smem::p + buf * SUB + warp * 2048;
+                float sum[4] = {0, 0, 0, 0};
 #pragma unroll
-                for (int i = 0; i < 8; i += 2)
-                    stmatrix_x4(tile + swizzle(lane % 16, i + lane / 16), packed[2 * i], packed[2 * i + 1],
-                                packed[2 * i + 2], packed[2 * i + 3]);
-                if (lane == 0) st_shared(smem + Smem::rescale + buf * 16 + warp * 4, rescale);
-                if (rescale && lane % 4 == 0) {
-                    const u32 at = smem + Smem::scale + buf * 128 + (warp * 16 + lane / 4) * 2;
-                    asm volatile("st.shared.s16 [%0], %1;" ::"r"(at), "h"(short(e0)) : "memory");
-                    asm volatile("st.shared.s16 [%0], %1;" ::"r"(at + 16), "h"(short(e1)) : "memory");
-                }
-                const bool last = blk + 1 == end;
-                if (last) {
-                    l[0] += __shfl_xor_sync(0xffffffffu, l[0], 1);
-                    l[1] += __shfl_xor_sync(0xffffffffu, l[1], 1);
-                    l[0] += __shfl_xor_sync(0xffffffffu, l[0], 2);
-                    l[1] += __shfl_xor_sync(0xffffffffu, l[1], 2);
-                    if (ld_shared(rec + SEG_BAD)) l[0] = l[1] = __int_as_float(0x7fc00000);
-                    if (lane % 4 == 0) {
-                        const u32 at = smem + warp * 2048 + lane;
-                        st_shared_f(at + Smem::row_m, m[0]);
-                        st_shared_f(at + Smem::row_m + 32, m[1]);
-                        st_shared_f(at + Smem::row_l, l[0]);
-                        st_shared_f(at + Smem::row_l + 32, l[1]);
+                for (int i = 0; i < 8; i += 2) {
+#pragma unroll
+                    for (int k = 0; k < 8; ++k) {
+                        float& x = s[4 * i + k];
+                        x = exp2_fast(fmaf(x, scale, -m[(k >> 1) & 1]));
                     }
+                    sum[0] += s[4 * i] + s[4 * i + 1];
+                    sum[1] += s[4 * i + 2] + s[4 * i + 3];
+                    sum[2] += s[4 * i + 4] + s[4 * i + 5];
+                    sum[3] += s[4 * i + 6] + s[4 * i + 7];
+                    stmatrix_x4(tile + swizzle(lane % 16, i + lane / 16), pack2<Elem>(s[4 * i], s[4 * i + 1]),
+                                pack2<Elem>(s[4 * i + 2], s[4 * i + 3]), pack2<Elem>(s[4 * i + 4], s[4 * i + 5]),
+                                pack2<Elem>(s[4 * i + 6], s[4 * i + 7]));
                 }
-                fence_async_shared();
-                __syncwarp();
-                if (lane == 0) mbar_arrive(smem + Smem::p_full + buf * 8);
+                l[0] += sum[0] + sum[2];
+                l[1] += sum[1] + sum[3];
+                PM_MARK(0, item, 7);
                 kv.advance();
-                gated = !last && mbar_test(smem + Smem::full_l + kv.stage * 8, kv.parity) &&
-                        mbar_test(smem + Smem::full_r + kv.stage * 8, kv.parity);
-                if (!gated && threadIdx.x == 0) mbar_arrive(smem + Smem::gate + buf * 8);
                 ++item;
-            } while (++blk < end);
+                if (++blk == end) break;
+            }
+            l[0] += __shfl_xor_sync(0xffffffffu, l[0], 1);
+            l[1] += __shfl_xor_sync(0xffffffffu, l[1], 1);
+            l[0] += __shfl_xor_sync(0xffffffffu, l[0], 2);
+            l[1] += __shfl_xor_sync(0xffffffffu, l[1], 2);
+            if (ld_shared(rec + SEG_BAD)) l[0] = l[1] = __int_as_float(0x7fc00000);
+            if (lane % 4 == 0) {
+                const u32 at = smem + warp * 2048 + lane;
+                st_shared_f(at + Smem::row_m, m[0]);
+                st_shared_f(at + Smem::row_m + 32, m[1]);
+                st_shared_f(at + Smem::row_l, l[0]);
+                st_shared_f(at + Smem::row_l + 32, l[1]);
+            }
+            hand_over(smem, item - 1, true);
         }
     }
 };

@@ -17,6 +17,28 @@ PM_DEV float exp2_fast(float x) {
     return y;
 }
 
+// Time stamps for the timeline in docs/sm90-decode.md: one CTA, one thread a warpgroup.
+#ifdef POLYMLA_PROFILE
+__device__ u32 polymla_marks[3][64][16];
+__device__ u64 polymla_times[1024][2];
+PM_DEV void mark_time(u32 which) {
+    if (threadIdx.x == 128 && blockIdx.x == 0 && blockIdx.y == 0)
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(polymla_times[blockIdx.z][which])::"memory");
+}
+#define PM_TIME(which) mark_time(which)
+PM_DEV void mark(u32 group, u32 item, u32 event) {
+    if (threadIdx.x % 128 == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 3 && item < 64) {
+        u32 t;
+        asm volatile("mov.u32 %0, %%clock;" : "=r"(t)::"memory");
+        polymla_marks[group][item][event] = t;
+    }
+}
+#define PM_MARK(group, item, event) mark(group, item, event)
+#else
+#define PM_MARK(group, item, event)
+#define PM_TIME(which)
+#endif
+
 // ---- mbarrier -------------------------------------------------------------
 
 PM_DEV void mbar_init(u32 bar, u32 count) {
@@ -137,6 +159,14 @@ template <int N>
 PM_DEV void reg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N>
 PM_DEV void reg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+
+// One lane of a converged warp; the compiler then knows that a single thread runs.
+PM_DEV bool elect_one() {
+    u32 yes;
+    asm volatile(
+        "{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}\n" : "=r"(yes));
+    return yes != 0;
+}
 
 // ---- TMA ----------------------------------------------------------------------
 

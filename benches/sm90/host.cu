@@ -100,3 +100,7 @@ extern "C" int pm_decode(const DecodeParams* p, const TensorMap* maps, int f16, 
     attr[0].val.programmaticStreamSerializationAllowed = 1;
     return check(cudaLaunchKernelEx(&c2, f16 ? polymla_combine_f16 : polymla_combine_bf16, *p), "combine");
 }
+
+#ifdef POLYMLA_PROFILE
+extern "C" int pm_marks(void* dst) { return check(cudaMemcpyFromSymbol(dst, polymla_marks, sizeof(polymla_marks)), "marks"); }
+#endif
