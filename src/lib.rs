@@ -16,6 +16,8 @@ pub mod cpu;
 pub mod cuda;
 pub mod error;
 mod host;
+#[cfg(feature = "sm90")]
+pub mod kernels;
 pub mod problem;
 pub mod reference;
 pub mod schedule;

@@ -1,21 +1,20 @@
 //! From kernel sources to functions on the device.
 //!
-//! A *unit* is one source file with one set of defines; it makes one cubin. In this order: the cubin that build.rs
-//! embedded (where it found nvcc), the disk cache, NVRTC. A cubin that the driver refuses (nvcc newer than the driver,
-//! another chip) is passed over, and the next source of it is tried.
+//! A *unit* is one source file with one set of defines; it makes one cubin. Where it comes from is the business of
+//! [`crate::kernels`]: embedded where build.rs found nvcc, the disk cache, NVRTC.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule};
 
-use super::cache::{DiskCache, Key};
 use super::context::Context;
-use super::nvrtc::{Compiled, Nvrtc, Source};
+use super::nvrtc;
 use crate::error::{MlaError, Result};
+use crate::kernels::{Compiled, Compiler, Compilers, DiskCache, Job, Origin, Source, Supplies};
 
 /// Names a folder to read kernel sources from instead of those built in. Saves rebuilding Rust while tuning.
 pub const KERNEL_DIR_VARIABLE: &str = "POLYMLA_KERNEL_DIR";
@@ -77,27 +76,15 @@ impl KernelSet {
         options
     }
 
-    fn compile(&self, nvrtc: &Nvrtc, files: &[File], unit: Unit, extra: &[&str]) -> Result<Compiled> {
-        let (_, file, defines) = unit;
+    /// Hands `body` the compilation that makes a unit.
+    fn with_job<R>(&self, files: &[File], unit: Unit, body: impl FnOnce(&Job<'_>) -> Result<R>) -> Result<R> {
+        let (name, file, defines) = unit;
         let headers: Vec<(&str, &str)> =
             files.iter().filter(|(name, _)| name.ends_with(".h")).map(|(n, t)| (&**n, &**t)).collect();
-        let mut options = self.options(defines);
-        options.extend(extra.iter().map(|o| (*o).to_string()));
-        nvrtc.compile(&Source { name: file, text: self.text(files, file)?, headers: &headers }, &options)
-    }
-
-    fn text<'a>(&self, files: &'a [File], file: &str) -> Result<&'a str> {
         let found = files.iter().find(|(name, _)| name == file);
-        found.map(|(_, text)| &**text).ok_or_else(|| self.error("unit", format!("source {file} is missing")))
-    }
-
-    fn key(&self, nvrtc: &Nvrtc, files: &[File], unit: Unit) -> Result<Key> {
-        let (_, file, defines) = unit;
-        let (options, version) = (self.options(defines).join("\0"), format!("{:?}", nvrtc.version()));
-        let headers = files.iter().filter(|(name, _)| name.ends_with(".h"));
-        let texts = headers.flat_map(|(name, text)| [name.as_bytes(), text.as_bytes()]);
-        let own = [self.text(files, file)?, self.arch, &options, &version];
-        Ok(Key::new(own.into_iter().map(str::as_bytes).chain(texts)))
+        let (_, text) = found.ok_or_else(|| self.error("unit", format!("source {file} is missing")))?;
+        let source = Source { name: file, text, headers: &headers };
+        body(&Job { backend: self.backend, unit: name, source, options: &self.options(defines) })
     }
 
     /// Compiles every unit with the NVRTC library of this path, with the compiler's resource report in each log.
@@ -105,9 +92,12 @@ impl KernelSet {
     /// # Errors
     /// [`MlaError::Platform`], with the unit and the log.
     pub(crate) fn compile_all(&self, library: &Path) -> Result<CompiledKernels> {
-        let nvrtc = Nvrtc::load(library)?;
+        let nvrtc = Compiler::load(&nvrtc::NAMES, library)?;
         let (files, _) = self.files()?;
-        let one = |unit: &Unit| Ok((unit.0, self.compile(&nvrtc, &files, *unit, &["--ptxas-options=-v"])?));
+        let one = |unit: &Unit| {
+            let compiled = self.with_job(&files, *unit, |job| job.compile(&nvrtc, &["--ptxas-options=-v"]))?;
+            Ok((unit.0, compiled))
+        };
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let chunk = self.units.len().div_ceil(threads).max(1);
         let all: Result<Vec<_>> = std::thread::scope(|scope| {
@@ -128,24 +118,6 @@ pub struct CompiledKernels {
     pub version: (i32, i32),
     /// Each kernel's name, binary and log.
     pub units: Vec<(&'static str, Compiled)>,
-}
-
-/// Where a module's binary came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Origin {
-    Embedded,
-    Cache,
-    Nvrtc,
-}
-
-impl std::fmt::Display for Origin {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Origin::Embedded => "embedded",
-            Origin::Cache => "from the disk cache",
-            Origin::Nvrtc => "compiled by NVRTC",
-        })
-    }
 }
 
 /// A cubin loaded into a context.
@@ -249,7 +221,7 @@ pub(crate) struct Loader {
     files: Vec<File>,
     use_embedded: bool,
     cache: Option<DiskCache>,
-    compilers: OnceLock<(Vec<Nvrtc>, Vec<String>)>,
+    compilers: Compilers,
     modules: Mutex<BTreeMap<&'static str, Arc<Module>>>,
 }
 
@@ -264,7 +236,7 @@ impl Loader {
             files,
             use_embedded,
             cache: DiskCache::of_environment(),
-            compilers: OnceLock::new(),
+            compilers: Compilers::new(&nvrtc::NAMES, nvrtc::candidates(context.driver().version().0)),
             modules: Mutex::default(),
         })
     }
@@ -297,45 +269,14 @@ impl Loader {
     }
 
     fn load(&self, unit: Unit) -> Result<Module> {
-        let mut reasons = Vec::new();
-        if let Some((_, cubin)) = self.set.embedded.iter().find(|(name, _)| self.use_embedded && *name == unit.0) {
-            match Module::load(&self.context, cubin, Origin::Embedded) {
-                Ok(module) => return Ok(module),
-                Err(e) => reasons.push(format!("embedded: {e}")),
-            }
-        }
-        let (compilers, missing) = self.compilers.get_or_init(|| {
-            let candidates = Nvrtc::candidates(self.context.driver().version().0);
-            let (found, missing): (Vec<_>, Vec<_>) = candidates.iter().map(|c| Nvrtc::load(c)).partition(Result::is_ok);
-            let words = missing.into_iter().filter_map(|e| e.err().map(|e| e.to_string())).collect();
-            (found.into_iter().flatten().collect(), words)
-        });
-        if compilers.is_empty() {
-            reasons.extend(missing.iter().cloned());
-        }
-        for nvrtc in compilers {
-            match self.load_with(nvrtc, unit) {
-                Ok(module) => return Ok(module),
-                Err(e) => reasons.push(format!("{}: {e}", nvrtc.path().display())),
-            }
-        }
-        Err(self.set.error("kernel loading", format!("unit {}: {}", unit.0, reasons.join("; "))))
-    }
-
-    fn load_with(&self, nvrtc: &Nvrtc, unit: Unit) -> Result<Module> {
-        let key = self.set.key(nvrtc, &self.files, unit)?;
-        let name = format!("{}-{}", self.set.backend, unit.0);
-        if let Some(cubin) = self.cache.as_ref().and_then(|cache| cache.read(&name, key)) {
-            // A cached cubin that is refused (the driver was changed) falls through to the compiler.
-            if let Ok(module) = Module::load(&self.context, &cubin, Origin::Cache) {
-                return Ok(module);
-            }
-        }
-        let compiled = self.set.compile(nvrtc, &self.files, unit, &[])?;
-        let module = Module::load(&self.context, &compiled.cubin, Origin::Nvrtc)?;
-        if let Some(cache) = &self.cache {
-            cache.write(&name, key, &compiled.cubin);
-        }
-        Ok(module)
+        let embedded = self.set.embedded.iter().find(|(name, _)| self.use_embedded && *name == unit.0);
+        let supplies = Supplies {
+            embedded: embedded.map(|(_, cubin)| *cubin),
+            file: None,
+            cache: self.cache.as_ref(),
+            compilers: &self.compilers,
+        };
+        let load = |cubin: &[u8], origin| Module::load(&self.context, cubin, origin);
+        self.set.with_job(&self.files, unit, |job| job.obtain(&supplies, load))
     }
 }

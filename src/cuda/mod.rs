@@ -5,11 +5,10 @@
 //! | `driver.rs` | the driver's functions, every return code checked |
 //! | `context.rs` | a device's context; makes it current for a call and restores what was current |
 //! | `memory.rs`, `stream.rs` | buffers, host words; borrowed streams, events, graphs |
-//! | `kernels.rs`, `cache.rs`, `nvrtc.rs` | from sources to functions: embedded cubin, disk cache, NVRTC |
+//! | `kernels.rs`, `nvrtc.rs` | from sources to functions, over [`crate::kernels`] |
 //! | `launch.rs` | launches with clusters and programmatic dependence |
 //! | `sm90/` | the Hopper backend |
 
-mod cache;
 mod context;
 mod driver;
 mod kernels;
@@ -20,8 +19,9 @@ mod nvrtc;
 pub mod sm90;
 mod stream;
 
-pub use cache::CACHE_VARIABLE;
 pub use kernels::{CompiledKernels, KERNEL_DIR_VARIABLE};
 pub use memory::DeviceBuffer;
-pub use nvrtc::{Compiled, NVRTC_VARIABLE};
+pub use nvrtc::NVRTC_VARIABLE;
 pub use stream::{Graph, OwnedStream, Stream};
+
+pub use crate::kernels::{CACHE_VARIABLE, Compiled};

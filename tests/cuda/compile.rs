@@ -68,7 +68,7 @@ fn reports() -> Vec<(String, BTreeMap<String, Resources>)> {
         let compiler = format!("nvrtc-{}.{}", compiled.version.0, compiled.version.1);
         let mut all = BTreeMap::new();
         for (unit, compiled) in compiled.units {
-            keep(&compiler, unit, &compiled.cubin);
+            keep(&compiler, unit, &compiled.binary);
             all.extend(parse(&compiled.log));
         }
         reports.push((compiler, all));

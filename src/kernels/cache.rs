@@ -1,4 +1,4 @@
-//! Compiled kernels on disk, so that only the first start of a machine without nvcc pays for compiling.
+//! Compiled kernels on disk, so that only the first start of a machine pays for compiling.
 //!
 //! A file is written under another name and renamed, so that a reader sees a whole one or none. It starts with its own
 //! key and checksum: a file that was cut short, edited or renamed is taken for absent.
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Names the folder to keep compiled kernels in; empty keeps none.
 pub const CACHE_VARIABLE: &str = "POLYMLA_CACHE_DIR";
 
-const MAGIC: &[u8; 16] = b"polymla cubin 1\n";
+const MAGIC: &[u8; 17] = b"polymla kernel 1\n";
 
 /// What decides whether two compilations give the same binary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,22 +62,22 @@ impl DiskCache {
     }
 
     fn path(&self, name: &str, key: Key) -> PathBuf {
-        self.folder.join(format!("{name}-{:032x}.cubin", key.0))
+        self.folder.join(format!("{name}-{:032x}.kernel", key.0))
     }
 
     /// The binary of that key, where a whole one is there.
     pub(crate) fn read(&self, name: &str, key: Key) -> Option<Vec<u8>> {
         let file = fs::read(self.path(name, key)).ok()?;
         let rest = file.strip_prefix(MAGIC)?.strip_prefix(&key.0.to_le_bytes())?;
-        let (checksum, cubin) = rest.split_at_checked(16)?;
-        (checksum == fnv(FNV_OFFSET, cubin).to_le_bytes()).then(|| cubin.to_vec())
+        let (checksum, binary) = rest.split_at_checked(16)?;
+        (checksum == fnv(FNV_OFFSET, binary).to_le_bytes()).then(|| binary.to_vec())
     }
 
     /// Keeps a binary. A cache that cannot be written costs time at the next start, nothing else; so no error.
-    pub(crate) fn write(&self, name: &str, key: Key, cubin: &[u8]) -> bool {
+    pub(crate) fn write(&self, name: &str, key: Key, binary: &[u8]) -> bool {
         let path = self.path(name, key);
         let partial = path.with_extension(format!("{}.partial", std::process::id()));
-        let written = fs::create_dir_all(&self.folder).and_then(|()| Self::write_file(&partial, key, cubin));
+        let written = fs::create_dir_all(&self.folder).and_then(|()| Self::write_file(&partial, key, binary));
         let kept = written.and_then(|()| fs::rename(&partial, &path)).is_ok();
         if !kept {
             let _ = fs::remove_file(&partial);
@@ -85,9 +85,9 @@ impl DiskCache {
         kept
     }
 
-    fn write_file(path: &Path, key: Key, cubin: &[u8]) -> std::io::Result<()> {
+    fn write_file(path: &Path, key: Key, binary: &[u8]) -> std::io::Result<()> {
         let mut file = fs::File::create(path)?;
-        for part in [&MAGIC[..], &key.0.to_le_bytes(), &fnv(FNV_OFFSET, cubin).to_le_bytes(), cubin] {
+        for part in [&MAGIC[..], &key.0.to_le_bytes(), &fnv(FNV_OFFSET, binary).to_le_bytes(), binary] {
             file.write_all(part)?;
         }
         file.sync_all()

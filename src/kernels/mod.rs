@@ -1,0 +1,17 @@
+//! From kernel sources to binaries: what every platform with a run-time compiler shares.
+//!
+//! | file | job |
+//! |---|---|
+//! | `obtain.rs` | the order in which a binary is looked for: embedded, module folder, disk cache, compiler |
+//! | `rtc.rs` | a run-time compiler, by the names of its functions |
+//! | `cache.rs` | compiled kernels on disk |
+
+mod cache;
+mod obtain;
+mod rtc;
+
+pub use cache::CACHE_VARIABLE;
+pub(crate) use cache::DiskCache;
+pub(crate) use obtain::{Compilers, Job, Origin, Supplies};
+pub use rtc::Compiled;
+pub(crate) use rtc::{Compiler, Names, Source};
