@@ -55,6 +55,8 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
     if (warp == 0) {
         walk_start(p, smem);
         for (u32 seg = 0; seg < 3; ++seg) walk_step<Elem>(p, smem, seg);
+    } else {
+        prefetch_first(p, threadIdx.x - 32);
     }
     PM_MARK(0, 0, 11);
     if (CLUSTER == 1)

@@ -21,7 +21,7 @@ PM_DEV void report_bad(const DecodeParams& p, int req) {
 
 // Where a block lies, for TMA: found early (it reads the table), used when the stage is free.
 struct BoxAt {
-    int page;       // this lane's, valid in lanes below `boxes`
+    int page;       // this lane's, valid in lanes below `boxes`; every lane's when pages hold 64 tokens
     u32 boxes;      // low 8 bits: pages of the block that hold keys, 0 when there is no block;
                     // above: first token within the page / 64
     PM_DEV u32 count() const { return boxes & 255; }
@@ -49,7 +49,7 @@ PM_DEV BoxAt locate(const DecodeParams& p, u32 smem, u32 seg, int blk) {
             at.boxes = 1u | u32(blk - index * per_page) << 8;
         }
     }
-    if (lane < at.count()) {
+    if (lane < at.count() || p.page_size >= BLOCK) {
         at.page = __ldg(p.block_table + i64(req) * p.block_table_stride_b + index);
         if (u32(at.page) >= u32(p.num_pages)) {
             at.page = 0;
@@ -61,39 +61,53 @@ PM_DEV BoxAt locate(const DecodeParams& p, u32 smem, u32 seg, int blk) {
     return at;
 }
 
-// One warp of the PV warpgroup of `half`: fills that half of `stage`, whose next use has `parity`.
-// All warps of the warpgroup must be done with the previous use.
+// Filling a half of a stage takes two steps by one warp of its PV warpgroup, when all warps of
+// that are done with the previous use: arm, then issue. In a cluster both CTAs arm their own
+// barrier and tell the half's owner, and the owner issues once the peer has; so it lets other
+// work pass between the two steps.
 template <int CLUSTER>
-PM_DEV void load_half_tma(const DecodeParams& p, const TensorMap* map, u32 smem, const BoxAt& at, u32 half, u32 stage,
-                          u32 parity) {
-    const u32 full = smem + (half ? Smem::full_r : Smem::full_l) + stage * 8;
-    const u32 empty = smem + (half ? Smem::empty_r : Smem::empty_l) + stage * 8;
-    u32 dst = smem + Smem::kv + stage * STAGE_BYTES + half * HALF;
-    const u32 rows = p.page_size < BLOCK ? u32(p.page_size) : u32(BLOCK);
+PM_DEV void arm_half(const DecodeParams& p, u32 smem, const BoxAt& at, u32 half, u32 stage) {
     const int n = int(at.count());
     if (n == 0) return;
+    const u32 rows = p.page_size < BLOCK ? u32(p.page_size) : u32(BLOCK);
     if (elect_one()) {
-        mbar_expect_tx(full, u32(n) * rows * (4 * 128));
-        // In a cluster both CTAs arm their own barrier, then tell the half's owner that the stage is free.
-        if (CLUSTER != 1) mbar_arrive_cluster(empty, half);
+        mbar_expect_tx(smem + (half ? Smem::full_r : Smem::full_l) + stage * 8, u32(n) * rows * (4 * 128));
+        if (CLUSTER != 1) mbar_arrive_cluster(smem + (half ? Smem::empty_r : Smem::empty_l) + stage * 8, half);
     }
     __syncwarp();
+}
+
+// `parity` is that of the stage's next use.
+template <int CLUSTER>
+PM_DEV void issue_half(const DecodeParams& p, const TensorMap* map, u32 smem, const BoxAt& at, u32 half, u32 stage,
+                       u32 parity) {
+    const int n = int(at.count());
+    if (n == 0) return;
+    const u32 full = smem + (half ? Smem::full_r : Smem::full_l) + stage * 8;
+    u32 dst = smem + Smem::kv + stage * STAGE_BYTES + half * HALF;
     if (CLUSTER != 1) {
         if (cluster_rank() != half) return;
-        mbar_wait_cluster(empty, parity);
+        mbar_wait_cluster(smem + (half ? Smem::empty_r : Smem::empty_l) + stage * 8, parity);
+    }
+    if (p.page_size >= BLOCK) {     // one box of 64 tokens x 4 groups of 64 columns
+        if (elect_one()) {
+            if (CLUSTER == 1)
+                tma_load_ckv(dst, map, full, at.token(), half * 4, blockIdx.y, at.page);
+            else
+                tma_load_ckv_multicast(dst, map, full, at.token(), half * 4, blockIdx.y, at.page, u16(3));
+        }
+        __syncwarp();
+        return;
     }
 #pragma unroll 1
-    for (int i = 0; i < n; ++i, dst += rows * 128) {
-        const int page = __shfl_sync(0xffffffffu, at.page, i);
+    for (int i = 0; i < n * 4; ++i) {   // boxes of one page x 64 columns
+        const int page = __shfl_sync(0xffffffffu, at.page, i / 4);
+        const u32 to = dst + u32(i / 4 * p.page_size) * 128 + i % 4 * SUB;
         if (elect_one()) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                if (CLUSTER == 1)
-                    tma_load_kv(dst + c * SUB, map, full, half * 256 + c * 64, at.token(), blockIdx.y, page);
-                else
-                    tma_load_kv_multicast(dst + c * SUB, map, full, half * 256 + c * 64, at.token(), blockIdx.y, page,
-                                          u16(3));
-            }
+            if (CLUSTER == 1)
+                tma_load_ckv(to, map, full, 0, half * 4 + i % 4, blockIdx.y, page);
+            else
+                tma_load_ckv_multicast(to, map, full, 0, half * 4 + i % 4, blockIdx.y, page, u16(3));
         }
         __syncwarp();
     }
@@ -109,8 +123,8 @@ PM_DEV void load_rope_tma(const DecodeParams& p, const TensorMap* map, u32 smem,
     for (int i = 0; i < n; ++i) {
         const int page = __shfl_sync(0xffffffffu, at.page, i);
         if (elect_one())
-            tma_load_kv(smem + Smem::rope + u32(i) * rows * 128, map, smem + Smem::full_rope, 0, at.token(), blockIdx.y,
-                        page);
+            tma_load_rope(smem + Smem::rope + u32(i) * rows * 128, map, smem + Smem::full_rope, at.token(), blockIdx.y,
+                          page);
         __syncwarp();
     }
 }

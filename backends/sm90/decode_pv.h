@@ -35,44 +35,49 @@ struct PvWarpgroup {
                          : "memory");
     }
 
-    // One packed row of this half, 32 columns at a time: the quad transposes its words so
-    // that every lane stores 16 contiguous bytes.
-    template <int WHICH>
-    static PM_DEV void store_row(const DecodeParams& p, const float (&o)[128], int req, RowIndex r, u32 half) {
+    // Two packed rows of this half, 32 columns at a time: the quad transposes its words so that
+    // every lane stores 16 contiguous bytes.
+    static PM_DEV void store_rows(const DecodeParams& p, const float (&o)[128], int req, int row, u32 half) {
         const u32 t = threadIdx.x % 4;
-        u16* dst = reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(r.s) * p.out_stride_s +
-                   i64(r.h) * p.out_stride_h + half * 256 + t * 8;
-        const bool vec = p.flags & FLAG_OUT_VEC16;
 #pragma unroll
-        for (int i = 0; i < 32; i += 4) {
-            u32 w[4];
+        for (int k = 0; k < 2; ++k) {
+            const RowIndex r(p, row + 8 * k);
+            u16* dst = reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(r.s) * p.out_stride_s +
+                       i64(r.h) * p.out_stride_h + half * 256;
+            if (!(p.flags & FLAG_OUT_VEC16)) {
+                if (r.valid)
 #pragma unroll
-            for (int k = 0; k < 4; ++k) w[k] = pack2<Elem>(o[4 * (i + k) + 2 * WHICH], o[4 * (i + k) + 2 * WHICH + 1]);
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const u32 got = __shfl_xor_sync(0xffffffffu, (t & 2) ? w[k] : w[k + 2], 2);
-                if (t & 2) w[k] = got; else w[k + 2] = got;
+                    for (int i = 0; i < 32; ++i) {
+                        const u32 w = pack2<Elem>(o[4 * i + 2 * k], o[4 * i + 2 * k + 1]);
+                        dst[8 * i + 2 * t] = u16(w);
+                        dst[8 * i + 2 * t + 1] = u16(w >> 16);
+                    }
+                continue;
             }
+            dst += t * 8;
 #pragma unroll
-            for (int k = 0; k < 4; k += 2) {
-                const u32 got = __shfl_xor_sync(0xffffffffu, (t & 1) ? w[k] : w[k + 1], 1);
-                if (t & 1) w[k] = got; else w[k + 1] = got;
+            for (int i = 0; i < 32; i += 4) {
+                u32 a = pack2<Elem>(o[4 * i + 2 * k], o[4 * i + 2 * k + 1]);
+                u32 b = pack2<Elem>(o[4 * i + 2 * k + 4], o[4 * i + 2 * k + 5]);
+                u32 c = pack2<Elem>(o[4 * i + 2 * k + 8], o[4 * i + 2 * k + 9]);
+                u32 d = pack2<Elem>(o[4 * i + 2 * k + 12], o[4 * i + 2 * k + 13]);
+                swap_lanes<2>(a, c, t & 2);
+                swap_lanes<2>(b, d, t & 2);
+                swap_lanes<1>(a, b, t & 1);
+                swap_lanes<1>(c, d, t & 1);
+                if (r.valid)
+                    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(dst + i * 8), "r"(a), "r"(b), "r"(c),
+                                 "r"(d)
+                                 : "memory");
             }
-            if (r.valid) store_words(dst + i * 8, w, vec);
         }
     }
 
-    static PM_DEV void store_words(u16* dst, const u32 (&w)[4], bool vec) {
-        if (vec) {
-            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(dst), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
-                         : "memory");
-        } else {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                dst[2 * k] = u16(w[k]);
-                dst[2 * k + 1] = u16(w[k] >> 16);
-            }
-        }
+    // Exchanges lo of the lanes with the bit set against hi of those without.
+    template <int BIT>
+    static PM_DEV void swap_lanes(u32& lo, u32& hi, bool set) {
+        const u32 got = __shfl_xor_sync(0xffffffffu, set ? lo : hi, BIT);
+        if (set) lo = got; else hi = got;
     }
 
     // lse of this thread's two rows, by the left warpgroup's first lane of each quad.
@@ -115,8 +120,7 @@ struct PvWarpgroup {
         if (slot >= 0) {
             store_partial(p, o, partial_tile(p, slot, blockIdx.y, blockIdx.x), half);
         } else {
-            store_row<0>(p, o, req, RowIndex(p, first + int(lane / 4)), half);
-            store_row<1>(p, o, req, RowIndex(p, first + int(lane / 4) + 8), half);
+            store_rows(p, o, req, first + int(lane / 4), half);
         }
     }
 
@@ -125,6 +129,8 @@ struct PvWarpgroup {
         float o[128];
         Ring kv;
         u32 item = 0;
+        BoxAt next{0, 0};               // the load that follows this block's P V
+        u32 next_stage = 0, next_parity = 0;
 
         {
             const int begin = ld_shared(segment_record(smem, 0) + SEG_BEGIN);
@@ -133,7 +139,11 @@ struct PvWarpgroup {
                 if (GATHER)
                     load_half_gather(p, smem, 0, begin + i, half, i);
                 else if (warp == 0)
-                    load_half_tma<CLUSTER>(p, map, smem, locate(p, smem, 0, begin + i), half, i, 0);
+                    {
+                    const BoxAt at = locate(p, smem, 0, begin + i);
+                    arm_half<CLUSTER>(p, smem, at, half, i);
+                    issue_half<CLUSTER>(p, map, smem, at, half, i, 0);
+                }
             }
         }
 #pragma unroll 1
@@ -148,10 +158,12 @@ struct PvWarpgroup {
             do {
                 const u32 buf = item & 1, use = (item >> 1) & 1;
                 PM_MARK(1 + half, item, 0);
-                BoxAt next{0, 0};
-                if (!GATHER && warp == 0) next = locate(p, smem, seg, blk + STAGES);
                 mbar_wait(smem + Smem::p_full + buf * 8, use);
                 PM_MARK(1 + half, item, 1);
+                if (!GATHER && warp == 0) {
+                    if (CLUSTER != 1) issue_half<CLUSTER>(p, map, smem, next, half, next_stage, next_parity);
+                    next = locate(p, smem, seg, blk + STAGES);
+                }
                 if (fresh && ld_shared(smem + Smem::rescale + buf * 16 + warp * 4)) {
                     const u32 at = smem + Smem::scale + buf * 128 + (warp * 16 + threadIdx.x % 32 / 4) * 2;
                     short e0, e1;
@@ -205,10 +217,17 @@ struct PvWarpgroup {
                 if (GATHER || warp == 0) {
                     mbar_wait(smem + Smem::done_half + half * 8, item & 1);
                     PM_MARK(1 + half, item, 6);
-                    if (GATHER)
+                    if (GATHER) {
                         load_half_gather(p, smem, seg, blk + STAGES, half, kv.stage);
-                    else
-                        load_half_tma<CLUSTER>(p, map, smem, next, half, kv.stage, kv.parity ^ 1);
+                    } else {
+                        arm_half<CLUSTER>(p, smem, next, half, kv.stage);
+                        next_stage = kv.stage;
+                        next_parity = kv.parity ^ 1;
+                        if (CLUSTER == 1 || blk + 1 == end) {
+                            issue_half<CLUSTER>(p, map, smem, next, half, next_stage, next_parity);
+                            next.boxes = 0;
+                        }
+                    }
                 }
                 PM_MARK(1 + half, item, 7);
                 kv.advance();

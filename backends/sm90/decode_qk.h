@@ -19,11 +19,9 @@ constexpr float RESCALE_STEP = 8.0f;   // lazy maximum: P <= 2^8
 
 template <class Elem, bool ROPE, bool GATHER>
 struct QkWarpgroup {
-    // Loads this warp's 16 rows of Q, coalesced, and turns them into A fragments through the
-    // warp's own rows of the P buffers (2 KiB in each). The rope columns stay in shared memory.
-    static PM_DEV void load_q(const DecodeParams& p, u32 (&q)[32][4], u32 smem, int req, u32 item) {
+    // Loads this warp's 16 rows of Q, coalesced.
+    static PM_DEV void fetch_q(const DecodeParams& p, u32 (&q)[32][4], u32 (&pe)[4][4], int req) {
         const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        u32 pe[4][4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const RowIndex r(p, blockIdx.x * TILE_M + int(warp * 16 + lane / 8) + 4 * i);
@@ -37,6 +35,12 @@ struct QkWarpgroup {
                            i64(r.h) * p.q_pe_stride_h + (lane % 8) * 8,
                        r.valid);
         }
+    }
+
+    // Turns them into A fragments through the warp's own rows of the P buffers (2 KiB in each).
+    // The rope columns and the last 16 of the others stay in shared memory.
+    static PM_DEV void stage_q(u32 (&q)[32][4], const u32 (&pe)[4][4], u32 smem, u32 item) {
+        const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         // Every warp is done with the previous segment's Q, and both P buffers with their P.
         named_barrier(BAR_QK, 128);
         mbar_wait(smem + Smem::p_empty + (item & 1) * 8, ((item >> 1) & 1) ^ 1);
@@ -109,20 +113,24 @@ struct QkWarpgroup {
         Ring kv;
         u32 item = 0;
 
-        if (ROPE) {
-            const int first = ld_shared(segment_record(smem, 0) + SEG_BEGIN);
-            if (GATHER)
-                load_rope_gather(p, smem, 0, first);
-            else if (warp == 0)
-                load_rope_tma(p, map_kpe, smem, locate(p, smem, 0, first));
-        }
 #pragma unroll 1
         for (u32 seg = 0;; ++seg) {
             const u32 rec = segment_record(smem, seg);
             const int req = ld_shared(rec + SEG_REQ);
             if (req < 0) break;
-            if (warp == 0) walk_step<Elem>(p, smem, seg + 3);
-            load_q(p, q, smem, req, item);
+            {
+                u32 pe[4][4];
+                fetch_q(p, q, pe, req);
+                if (ROPE && seg == 0) {
+                    const int first = ld_shared(rec + SEG_BEGIN);
+                    if (GATHER)
+                        load_rope_gather(p, smem, 0, first);
+                    else if (warp == 0)
+                        load_rope_tma(p, map_kpe, smem, locate(p, smem, 0, first));
+                }
+                if (warp == 0) walk_step<Elem>(p, smem, seg + 3);
+                stage_q(q, pe, smem, item);
+            }
             int blk = ld_shared(rec + SEG_BEGIN);
             const int end = ld_shared(rec + SEG_END);
             int mask_from;      // first block in which some row of this warp is masked

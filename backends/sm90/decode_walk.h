@@ -77,6 +77,31 @@ PM_DEV void walk_start(const DecodeParams& p, u32 smem) {
     st_shared(w + WALK_LEN, req < p.b ? p.cache_seqlens[req] : 0);
 }
 
+// While warp 0 waits for lengths, the others bring what the first loads will need towards the
+// SM: the part's first table entries and Q rows. `tid` counts from 0 over 352 threads.
+PM_DEV void prefetch_first(const DecodeParams& p, u32 tid) {
+    const PartMeta m = p.parts[blockIdx.z];
+    if (m.begin_req < 0 || m.begin_req >= p.b) return;
+    const int rows = min(TILE_M, p.s_q * p.heads_per_kv - int(blockIdx.x) * TILE_M);
+    if (tid < 32) {
+        const i64 at = i64(m.begin_block) * BLOCK / p.page_size + tid;
+        if (at >= 0 && at < p.max_pages_per_seq)
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(p.block_table + i64(m.begin_req) * p.block_table_stride_b + at));
+    } else if (tid - 32 < u32(rows) * 5) {
+        const u32 i = tid - 32;
+        const RowIndex r(p, blockIdx.x * TILE_M + int(i / 5));
+        const u16* q = reinterpret_cast<const u16*>(p.q_nope) + i64(m.begin_req) * p.q_nope_stride_b +
+                       i64(r.s) * p.q_nope_stride_s + i64(r.h) * p.q_nope_stride_h;
+        if (i % 5 < 4) {
+            prefetch_l2(q + i % 5 * 128);
+            prefetch_l2(q + i % 5 * 128 + 64);
+        } else if (p.q_pe) {
+            prefetch_l2(reinterpret_cast<const u16*>(p.q_pe) + i64(m.begin_req) * p.q_pe_stride_b +
+                        i64(r.s) * p.q_pe_stride_s + i64(r.h) * p.q_pe_stride_h);
+        }
+    }
+}
+
 // Writes record `seg`; by all lanes of warp 0.
 template <class Elem>
 PM_DEV void walk_step(const DecodeParams& p, u32 smem, u32 seg) {

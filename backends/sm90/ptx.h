@@ -177,24 +177,35 @@ PM_DEV void tma_prefetch_map(const TensorMap* map) {
 // What createpolicy.fractional.L2::evict_first with fraction 1.0 returns.
 constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
 
-// Loads one box at (col, token, head, page) of a 4-D KV map.
-PM_DEV void tma_load_kv(u32 dst, const TensorMap* map, u32 bar, int col, int token, int head, int page) {
+// Loads one box at (col, token, head, page) of the 4-D kpe map.
+PM_DEV void tma_load_rope(u32 dst, const TensorMap* map, u32 bar, int token, int head, int page) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(col), "r"(token), "r"(head), "r"(page), "l"(EVICT_FIRST)
+        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(head), "r"(page), "l"(EVICT_FIRST)
+        : "memory");
+}
+
+// Loads one box at (0, token, 64-column group, head, page) of the 5-D ckv map.
+PM_DEV void tma_load_ckv(u32 dst, const TensorMap* map, u32 bar, int token, int group, int head, int page) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(group), "r"(head), "r"(page), "l"(EVICT_FIRST)
         : "memory");
 }
 
 // The same into every CTA of `mask`: same shared-memory offsets, each CTA's own barrier.
-PM_DEV void tma_load_kv_multicast(u32 dst, const TensorMap* map, u32 bar, int col, int token, int head, int page,
-                                  u16 mask) {
+PM_DEV void tma_load_ckv_multicast(u32 dst, const TensorMap* map, u32 bar, int token, int group, int head, int page,
+                                   u16 mask) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(col), "r"(token), "r"(head), "r"(page), "h"(mask), "l"(EVICT_FIRST)
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(group), "r"(head), "r"(page), "h"(mask), "l"(EVICT_FIRST)
         : "memory");
 }
+
+PM_DEV void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // ---- cp.async -------------------------------------------------------------------
 

@@ -27,15 +27,19 @@ int check(cudaError_t e, const char* what) {
     return int(e);
 }
 
-int encode(TensorMap* map, const void* base, int f16, u64 cols, const DecodeParams& p, i64 sp, i64 st, i64 sh) {
-    cuuint64_t dims[4] = {cols, cuuint64_t(p.page_size), cuuint64_t(p.h_kv), cuuint64_t(p.num_pages)};
-    cuuint64_t strides[3] = {cuuint64_t(st) * 2, cuuint64_t(sh) * 2, cuuint64_t(sp) * 2};
-    cuuint32_t box[4] = {64, cuuint32_t(p.page_size < 64 ? p.page_size : 64), 1, 1};
-    cuuint32_t one[4] = {1, 1, 1, 1};
+// ckv: (64 columns, token, group of 64 columns, head, page); kpe: (64 columns, token, head, page).
+int encode(TensorMap* map, const void* base, int f16, bool ckv, const DecodeParams& p, i64 sp, i64 st, i64 sh) {
+    const cuuint32_t rows = p.page_size < 64 ? p.page_size : 64;
+    cuuint64_t dims5[5] = {64, cuuint64_t(p.page_size), 8, cuuint64_t(p.h_kv), cuuint64_t(p.num_pages)};
+    cuuint64_t strides5[4] = {cuuint64_t(st) * 2, 128, cuuint64_t(sh) * 2, cuuint64_t(sp) * 2};
+    cuuint32_t box5[5] = {64, rows, p.page_size < 64 ? 1u : 4u, 1, 1};
+    cuuint64_t dims4[4] = {64, cuuint64_t(p.page_size), cuuint64_t(p.h_kv), cuuint64_t(p.num_pages)};
+    cuuint64_t strides4[3] = {cuuint64_t(st) * 2, cuuint64_t(sh) * 2, cuuint64_t(sp) * 2};
+    cuuint32_t box4[4] = {64, rows, 1, 1}, one[5] = {1, 1, 1, 1, 1};
     CUresult r = encode_fn(reinterpret_cast<CUtensorMap*>(map),
-                           f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-                           const_cast<void*>(base), dims, strides, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                           f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, ckv ? 5 : 4,
+                           const_cast<void*>(base), ckv ? dims5 : dims4, ckv ? strides5 : strides4, ckv ? box5 : box4, one,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r) fprintf(stderr, "cuTensorMapEncodeTiled: %d\n", int(r));
     return int(r);
@@ -62,9 +66,9 @@ extern "C" int pm_sizes(int* decode, int* schedule) {
 }
 
 extern "C" int pm_maps(const DecodeParams* p, int f16, int rope, TensorMap* maps) {
-    if (int e = encode(&maps[0], p->ckv, f16, 512, *p, p->ckv_stride_page, p->ckv_stride_token, p->ckv_stride_head))
+    if (int e = encode(&maps[0], p->ckv, f16, true, *p, p->ckv_stride_page, p->ckv_stride_token, p->ckv_stride_head))
         return e;
-    return rope ? encode(&maps[1], p->kpe, f16, 64, *p, p->kpe_stride_page, p->kpe_stride_token, p->kpe_stride_head) : 0;
+    return rope ? encode(&maps[1], p->kpe, f16, false, *p, p->kpe_stride_page, p->kpe_stride_token, p->kpe_stride_head) : 0;
 }
 
 extern "C" int pm_schedule(const ScheduleParams* p, void* stream) {
@@ -103,4 +107,5 @@ extern "C" int pm_decode(const DecodeParams* p, const TensorMap* maps, int f16, 
 
 #ifdef POLYMLA_PROFILE
 extern "C" int pm_marks(void* dst) { return check(cudaMemcpyFromSymbol(dst, polymla_marks, sizeof(polymla_marks)), "marks"); }
+extern "C" int pm_times(void* dst) { return check(cudaMemcpyFromSymbol(dst, polymla_times, sizeof(polymla_times)), "times"); }
 #endif

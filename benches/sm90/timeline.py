@@ -10,12 +10,21 @@ for row in map(int, sys.argv[1:]):
     print(row, run.ROWS[row], "us", run.time_call(c.run, 5), "form", c.form)
     t = np.zeros((3, 64, 16), dtype=np.uint32)
     lib.pm_marks(t.ctypes.data_as(C.c_void_p))
-    t0 = int(t[0, 0, 0])
-    for item in list(range(0, 6)) + list(range(30, 36)):
-        d = lambda g, n: " ".join(f"{(int(t[g, item, e]) - t0) & 0xffffffff:6d}" if t[g, item, e] else "     -" for e in range(n))
-        print(f"{item:2d} QK {d(0, 10)} | L {d(1, 9)} | R {d(2, 9)}")
-    a, z = t[0, 20:60, :10].astype(np.int64), t[0, 21:61, 0].astype(np.int64)
-    print("QK mean step:", np.diff(a, axis=1).mean(0).round(0), "period", (z - a[:, 0]).mean())
-    a = t[1, 20:60, :8].astype(np.int64)
-    print("L  mean step:", np.diff(a, axis=1).mean(0).round(0))
+    t0 = int(t[0, 0, 10])
+    def d(g, item, evs):
+        return " ".join(f"{(int(t[g, item, e]) - t0) & 0xffffffff:6d}" if t[g, item, e] else "     -" for e in evs)
+    print("start", d(0, 0, (10, 11, 12)))
+    blocks = min(64, max(1, s_k // 64 * b // (132 // c.p.m_tiles)))
+    for item in [i for i in list(range(0, 4)) + list(range(40, 43)) if i < blocks]:
+        print(f"{item:2d} QK {d(0, item, range(10))} | L {d(1, item, range(1, 9))} | R {d(2, item, range(1, 9))}")
+    if blocks >= 62:
+        a, z = t[0, 20:60, :8].astype(np.int64), t[0, 21:61, 0].astype(np.int64)
+        print("QK mean step:", np.diff(a, axis=1).mean(0).round(0), "period", (z - a[:, 0]).mean())
+        a = t[1, 20:60, :8].astype(np.int64)
+        print("L  mean step:", np.diff(a, axis=1).mean(0).round(0))
+    w = np.zeros((1024, 2), dtype=np.uint64)
+    lib.pm_times(w.ctypes.data_as(C.c_void_p))
+    w = w[:c.p.num_parts].astype(np.int64)
+    w = w[w[:, 0] > 0] - w[:, 0].min()
+    print("CTA start us", np.percentile(w[:, 0], (0, 50, 100)) / 1e3, "end us", np.percentile(w[:, 1], (0, 5, 25, 50, 75, 95, 100)) / 1e3)
     del q, kv, table, lens, c
