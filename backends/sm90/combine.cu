@@ -86,8 +86,28 @@ PM_DEV void merge_pieces(const DecodeParams& p, Merge& s, SlotOf slot_of, int fi
                               ((tile * 4 + row_group) * 2 + half) * 1024 + block * 32 + lane);
             }
         }
+        float n0 = s.m0, n1 = s.m1;
 #pragma unroll
-        for (int u = 0; u < U; ++u) s.add(l0[u], l1[u], 1.0f, 1.0f, v[u]);
+        for (int u = 0; u < U; ++u) {
+            n0 = fmaxf(n0, l0[u]);
+            n1 = fmaxf(n1, l1[u]);
+        }
+        const float a0 = exp2_fast(s.m0 - n0), a1 = exp2_fast(s.m1 - n1);
+        s.m0 = n0;
+        s.m1 = n1;
+        s.w0 *= a0;
+        s.w1 *= a1;
+        s.o = make_float4(s.o.x * a0, s.o.y * a0, s.o.z * a1, s.o.w * a1);
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const float b0 = exp2_fast(l0[u] - n0), b1 = exp2_fast(l1[u] - n1);
+            s.w0 += b0;
+            s.w1 += b1;
+            s.o.x += v[u].x * b0;
+            s.o.y += v[u].y * b0;
+            s.o.z += v[u].z * b1;
+            s.o.w += v[u].w * b1;
+        }
     }
 }
 
@@ -167,7 +187,7 @@ PM_DEV void combine(const DecodeParams& p) {
             shared_mw[warp][lane] = make_float4(s.m0, s.m1, s.w0, s.w1);
             __syncthreads();
             if (warp == 0) {
-#pragma unroll
+#pragma unroll 1
                 for (int w = 1; w < 8; ++w) {
                     const float4 mw = shared_mw[w][lane];
                     s.add(mw.x, mw.y, mw.z, mw.w, shared_o[w][lane]);

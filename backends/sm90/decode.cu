@@ -16,12 +16,12 @@
 //   TMA      | ... load j+2              | load j+3 (the stage of j)  ...
 //
 // Grid (m_tiles, h_kv, num_parts), one CTA an SM, persistent over its part of the
-// schedule. The cluster form pairs neighbouring M tiles (m_tiles even) and multicasts KV.
+// schedule.
 #include "decode_pv.h"
 
 namespace polymla {
 
-template <class Elem, bool ROPE, int CLUSTER, bool GATHER>
+template <class Elem, bool ROPE, bool GATHER>
 PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const TensorMap* map_kpe) {
     extern __shared__ __align__(1024) char smem_raw[];
     const u32 smem = smem_addr(smem_raw);
@@ -37,8 +37,6 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
         for (u32 i = 0; i < STAGES; ++i) {
             mbar_init(smem + Smem::full_l + i * 8, GATHER ? 128 : 1);
             mbar_init(smem + Smem::full_r + i * 8, GATHER ? 128 : 1);
-            mbar_init(smem + Smem::empty_l + i * 8, 2);
-            mbar_init(smem + Smem::empty_r + i * 8, 2);
         }
         mbar_init(smem + Smem::full_rope, GATHER ? 128 : 1);
         mbar_init(smem + Smem::done_rope, 4);
@@ -59,10 +57,7 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
         prefetch_first(p, threadIdx.x - 32);
     }
     PM_MARK(0, 0, 11);
-    if (CLUSTER == 1)
-        __syncthreads();
-    else
-        cluster_sync();
+    __syncthreads();
     pdl_launch_dependents();
     PM_MARK(0, 0, 12);
 
@@ -71,33 +66,27 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
         QkWarpgroup<Elem, ROPE, GATHER>::run(p, map_kpe, smem);
     } else {
         reg_dec<160>();
-        PvWarpgroup<Elem, CLUSTER, GATHER>::run(p, map_ckv, smem, warp / 4 - 1);
+        PvWarpgroup<Elem, GATHER>::run(p, map_ckv, smem, warp / 4 - 1);
     }
     PM_TIME(1);
-    // A CTA may not leave while its peer still multicasts into it or arrives on its barriers.
-    if (CLUSTER != 1) cluster_sync();
 }
 
 }  // namespace polymla
 
-#define POLYMLA_DECODE(NAME, ELEM, ROPE, CLUSTER, GATHER)                                                    \
+#define POLYMLA_DECODE(NAME, ELEM, ROPE, GATHER)                                                             \
     extern "C" __global__ void __launch_bounds__(384, 1)                                                     \
         NAME(const __grid_constant__ polymla::DecodeParams p, const __grid_constant__ polymla::TensorMap ckv, \
              const __grid_constant__ polymla::TensorMap kpe) {                                               \
-        polymla::decode<polymla::ELEM, ROPE, CLUSTER, GATHER>(p, &ckv, &kpe);                                \
+        polymla::decode<polymla::ELEM, ROPE, GATHER>(p, &ckv, &kpe);                                         \
     }
 
-POLYMLA_DECODE(polymla_decode_bf16_d576_tma, Bf16, true, 1, false)
+POLYMLA_DECODE(polymla_decode_bf16_d576_tma, Bf16, true, false)
 #ifndef POLYMLA_ONE_KERNEL
-POLYMLA_DECODE(polymla_decode_bf16_d576_tma_x2, Bf16, true, 2, false)
-POLYMLA_DECODE(polymla_decode_bf16_d576_gather, Bf16, true, 1, true)
-POLYMLA_DECODE(polymla_decode_bf16_d512_tma, Bf16, false, 1, false)
-POLYMLA_DECODE(polymla_decode_bf16_d512_tma_x2, Bf16, false, 2, false)
-POLYMLA_DECODE(polymla_decode_bf16_d512_gather, Bf16, false, 1, true)
-POLYMLA_DECODE(polymla_decode_f16_d576_tma, F16, true, 1, false)
-POLYMLA_DECODE(polymla_decode_f16_d576_tma_x2, F16, true, 2, false)
-POLYMLA_DECODE(polymla_decode_f16_d576_gather, F16, true, 1, true)
-POLYMLA_DECODE(polymla_decode_f16_d512_tma, F16, false, 1, false)
-POLYMLA_DECODE(polymla_decode_f16_d512_tma_x2, F16, false, 2, false)
-POLYMLA_DECODE(polymla_decode_f16_d512_gather, F16, false, 1, true)
+POLYMLA_DECODE(polymla_decode_bf16_d576_gather, Bf16, true, true)
+POLYMLA_DECODE(polymla_decode_bf16_d512_tma, Bf16, false, false)
+POLYMLA_DECODE(polymla_decode_bf16_d512_gather, Bf16, false, true)
+POLYMLA_DECODE(polymla_decode_f16_d576_tma, F16, true, false)
+POLYMLA_DECODE(polymla_decode_f16_d576_gather, F16, true, true)
+POLYMLA_DECODE(polymla_decode_f16_d512_tma, F16, false, false)
+POLYMLA_DECODE(polymla_decode_f16_d512_gather, F16, false, true)
 #endif

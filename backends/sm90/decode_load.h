@@ -2,8 +2,7 @@
 // that frees a piece of a stage refills it, three blocks ahead: each PV warpgroup its half
 // of the 512 columns right after P V(j), the QK warpgroup the rope columns after Q K^T(j).
 //
-// TMA form: boxes of 64 columns x min(page_size, 64) tokens, evict-first, issued by one warp. In a cluster of two CTAs (two M tiles of the same request) CTA 0 loads the
-// left halves of every block, CTA 1 the right halves, each multicast to both.
+// TMA form: boxes of 64 columns x min(page_size, 64) tokens, evict-first, issued by one warp.
 //
 // Gather form: any page size, 16 bytes a cp.async, 128 threads a half.
 //
@@ -61,54 +60,28 @@ PM_DEV BoxAt locate(const DecodeParams& p, u32 smem, u32 seg, int blk) {
     return at;
 }
 
-// Filling a half of a stage takes two steps by one warp of its PV warpgroup, when all warps of
-// that are done with the previous use: arm, then issue. In a cluster both CTAs arm their own
-// barrier and tell the half's owner, and the owner issues once the peer has; so it lets other
-// work pass between the two steps.
-template <int CLUSTER>
-PM_DEV void arm_half(const DecodeParams& p, u32 smem, const BoxAt& at, u32 half, u32 stage) {
-    const int n = int(at.count());
-    if (n == 0) return;
-    const u32 rows = p.page_size < BLOCK ? u32(p.page_size) : u32(BLOCK);
-    if (elect_one()) {
-        mbar_expect_tx(smem + (half ? Smem::full_r : Smem::full_l) + stage * 8, u32(n) * rows * (4 * 128));
-        if (CLUSTER != 1) mbar_arrive_cluster(smem + (half ? Smem::empty_r : Smem::empty_l) + stage * 8, half);
-    }
-    __syncwarp();
-}
-
-// `parity` is that of the stage's next use.
-template <int CLUSTER>
-PM_DEV void issue_half(const DecodeParams& p, const TensorMap* map, u32 smem, const BoxAt& at, u32 half, u32 stage,
-                       u32 parity) {
+// One warp of the PV warpgroup of `half`, when all warps of that are done with the stage's previous use.
+PM_DEV void load_half_tma(const DecodeParams& p, const TensorMap* map, u32 smem, const BoxAt& at, u32 half, u32 stage) {
     const int n = int(at.count());
     if (n == 0) return;
     const u32 full = smem + (half ? Smem::full_r : Smem::full_l) + stage * 8;
     u32 dst = smem + Smem::kv + stage * STAGE_BYTES + half * HALF;
-    if (CLUSTER != 1) {
-        if (cluster_rank() != half) return;
-        mbar_wait_cluster(smem + (half ? Smem::empty_r : Smem::empty_l) + stage * 8, parity);
-    }
     if (p.page_size >= BLOCK) {     // one box of 64 tokens x 4 groups of 64 columns
         if (elect_one()) {
-            if (CLUSTER == 1)
-                tma_load_ckv(dst, map, full, at.token(), half * 4, blockIdx.y, at.page);
-            else
-                tma_load_ckv_multicast(dst, map, full, at.token(), half * 4, blockIdx.y, at.page, u16(3));
+            mbar_expect_tx(full, HALF);
+            tma_load_ckv(dst, map, full, at.token(), half * 4, blockIdx.y, at.page);
         }
         __syncwarp();
         return;
     }
+    if (elect_one()) mbar_expect_tx(full, u32(n * p.page_size) * (4 * 128));
+    __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < n * 4; ++i) {   // boxes of one page x 64 columns
         const int page = __shfl_sync(0xffffffffu, at.page, i / 4);
-        const u32 to = dst + u32(i / 4 * p.page_size) * 128 + i % 4 * SUB;
-        if (elect_one()) {
-            if (CLUSTER == 1)
-                tma_load_ckv(to, map, full, 0, half * 4 + i % 4, blockIdx.y, page);
-            else
-                tma_load_ckv_multicast(to, map, full, 0, half * 4 + i % 4, blockIdx.y, page, u16(3));
-        }
+        if (elect_one())
+            tma_load_ckv(dst + u32(i / 4 * p.page_size) * 128 + i % 4 * SUB, map, full, 0, half * 4 + i % 4, blockIdx.y,
+                         page);
         __syncwarp();
     }
 }

@@ -12,7 +12,7 @@ namespace polymla {
 
 constexpr float LN2 = 0.6931471805599453f;
 
-template <class Elem, int CLUSTER, bool GATHER>
+template <class Elem, bool GATHER>
 struct PvWarpgroup {
     // Zeroes V rows [valid, 64) of this half: their bytes may be NaN, and 0 * NaN is NaN.
     static PM_DEV void zero_tail(u32 half_addr, int valid, u32 half) {
@@ -129,8 +129,6 @@ struct PvWarpgroup {
         float o[128];
         Ring kv;
         u32 item = 0;
-        BoxAt next{0, 0};               // the load that follows this block's P V
-        u32 next_stage = 0, next_parity = 0;
 
         {
             const int begin = ld_shared(segment_record(smem, 0) + SEG_BEGIN);
@@ -139,11 +137,7 @@ struct PvWarpgroup {
                 if (GATHER)
                     load_half_gather(p, smem, 0, begin + i, half, i);
                 else if (warp == 0)
-                    {
-                    const BoxAt at = locate(p, smem, 0, begin + i);
-                    arm_half<CLUSTER>(p, smem, at, half, i);
-                    issue_half<CLUSTER>(p, map, smem, at, half, i, 0);
-                }
+                    load_half_tma(p, map, smem, locate(p, smem, 0, begin + i), half, i);
             }
         }
 #pragma unroll 1
@@ -160,10 +154,6 @@ struct PvWarpgroup {
                 PM_MARK(1 + half, item, 0);
                 mbar_wait(smem + Smem::p_full + buf * 8, use);
                 PM_MARK(1 + half, item, 1);
-                if (!GATHER && warp == 0) {
-                    if (CLUSTER != 1) issue_half<CLUSTER>(p, map, smem, next, half, next_stage, next_parity);
-                    next = locate(p, smem, seg, blk + STAGES);
-                }
                 if (fresh && ld_shared(smem + Smem::rescale + buf * 16 + warp * 4)) {
                     const u32 at = smem + Smem::scale + buf * 128 + (warp * 16 + threadIdx.x % 32 / 4) * 2;
                     short e0, e1;
@@ -179,7 +169,7 @@ struct PvWarpgroup {
                     }
                 }
                 const u32 half_addr = smem + Smem::kv + kv.stage * STAGE_BYTES + half * HALF;
-                mbar_wait(smem + (half ? Smem::full_r : Smem::full_l) + kv.stage * 8, kv.parity);
+                // The block itself landed before its Q K^T; that P is here says so.
                 if (GATHER) fence_async_shared();
                 if (blk + 1 == end) {
                     const int valid = ld_shared(rec + SEG_LEN) - blk * BLOCK;
@@ -198,6 +188,8 @@ struct PvWarpgroup {
                 for (int k = 1; k < 4; ++k) pv_step<Elem>(o, desc_p + k * 2, desc_v + k * (2048 >> 4), 1);
                 wgmma_commit();
                 PM_MARK(1 + half, item, 4);
+                BoxAt next{0, 0};       // what to load when this stage is free, looked up under the wgmma
+                if (!GATHER && warp == 0) next = locate(p, smem, seg, blk + STAGES);
                 wgmma_wait<0>();
                 PM_MARK(1 + half, item, 5);
                 fence_regs(o);
@@ -220,13 +212,7 @@ struct PvWarpgroup {
                     if (GATHER) {
                         load_half_gather(p, smem, seg, blk + STAGES, half, kv.stage);
                     } else {
-                        arm_half<CLUSTER>(p, smem, next, half, kv.stage);
-                        next_stage = kv.stage;
-                        next_parity = kv.parity ^ 1;
-                        if (CLUSTER == 1 || blk + 1 == end) {
-                            issue_half<CLUSTER>(p, map, smem, next, half, next_stage, next_parity);
-                            next.boxes = 0;
-                        }
+                        load_half_tma(p, map, smem, next, half, kv.stage);
                     }
                 }
                 PM_MARK(1 + half, item, 7);

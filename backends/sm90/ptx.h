@@ -58,16 +58,6 @@ PM_DEV void mbar_expect_tx(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 
-// Arrives on the barrier at the same offset in CTA `rank` of the cluster.
-PM_DEV void mbar_arrive_cluster(u32 bar, u32 rank) {
-    asm volatile(
-        "{\n .reg .b32 remote;\n"
-        " mapa.shared::cluster.u32 remote, %0, %1;\n"
-        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(bar),
-        "r"(rank)
-        : "memory");
-}
-
 PM_DEV bool mbar_test(u32 bar, u32 parity) {
     u32 done;
     asm volatile(
@@ -103,28 +93,6 @@ PM_DEV void mbar_wait(u32 bar, u32 parity) {
     }
 }
 
-// As mbar_wait, for a barrier that CTAs of the whole cluster arrive on.
-PM_DEV void mbar_wait_cluster(u32 bar, u32 parity) {
-#ifdef POLYMLA_SPIN_LIMIT
-    for (u32 spins = 0;; ++spins) {
-#else
-    for (;;) {
-#endif
-        u32 done;
-        asm volatile(
-            "{\n .reg .pred p;\n"
-            " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-            " selp.u32 %0, 1, 0, p;\n}\n"
-            : "=r"(done)
-            : "r"(bar), "r"(parity)
-            : "memory");
-        if (done) return;
-#ifdef POLYMLA_SPIN_LIMIT
-        if (spins > POLYMLA_SPIN_LIMIT) __trap();
-#endif
-    }
-}
-
 // ---- proxies, named barriers, clusters, launch control ----------------------
 
 // Orders this thread's ordinary shared-memory writes before later reads by wgmma or TMA.
@@ -133,24 +101,6 @@ PM_DEV void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;"
 PM_DEV void named_barrier(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-
-// Arrives without waiting.
-PM_DEV void named_barrier_arrive(u32 id, u32 threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-PM_DEV u32 cluster_rank() {
-    u32 r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
-
-PM_DEV void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-PM_DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-PM_DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 PM_DEV void pdl_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 PM_DEV void pdl_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -174,34 +124,21 @@ PM_DEV void tma_prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// What createpolicy.fractional.L2::evict_first with fraction 1.0 returns.
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
-
 // Loads one box at (col, token, head, page) of the 4-D kpe map.
 PM_DEV void tma_load_rope(u32 dst, const TensorMap* map, u32 bar, int token, int head, int page) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(head), "r"(page), "l"(EVICT_FIRST)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(head), "r"(page)
         : "memory");
 }
 
 // Loads one box at (0, token, 64-column group, head, page) of the 5-D ckv map.
 PM_DEV void tma_load_ckv(u32 dst, const TensorMap* map, u32 bar, int token, int group, int head, int page) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(group), "r"(head), "r"(page), "l"(EVICT_FIRST)
-        : "memory");
-}
-
-// The same into every CTA of `mask`: same shared-memory offsets, each CTA's own barrier.
-PM_DEV void tma_load_ckv_multicast(u32 dst, const TensorMap* map, u32 bar, int token, int group, int head, int page,
-                                   u16 mask) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(group), "r"(head), "r"(page), "h"(mask), "l"(EVICT_FIRST)
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(group), "r"(head), "r"(page)
         : "memory");
 }
 

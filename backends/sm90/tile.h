@@ -39,9 +39,7 @@ struct Smem {
     static constexpr u32 full_l = walk + 48;                // [STAGES] columns 0..256 landed
     static constexpr u32 full_r = full_l + STAGES * 8;      // [STAGES] columns 256..512
     static constexpr u32 full_rope = full_r + STAGES * 8;
-    static constexpr u32 empty_l = full_rope + 8;           // [STAGES] cluster form only: both CTAs are done
-    static constexpr u32 empty_r = empty_l + STAGES * 8;
-    static constexpr u32 p_full = empty_r + STAGES * 8;     // [P_BUFS]
+    static constexpr u32 p_full = full_rope + 8;            // [P_BUFS]
     static constexpr u32 p_empty = p_full + P_BUFS * 8;     // [P_BUFS]
     static constexpr u32 gate = p_empty + P_BUFS * 8;       // [P_BUFS]
     static constexpr u32 done_rope = gate + P_BUFS * 8;     // the QK warps have read the rope tile

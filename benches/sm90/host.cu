@@ -5,6 +5,7 @@
 #include "../../backends/sm90/combine.cu"
 #include "../../backends/sm90/schedule.cu"
 
+#include <cstdlib>
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <cstdio>
@@ -13,12 +14,22 @@ using namespace polymla;
 
 namespace {
 
+#ifdef POLYMLA_ONE_KERNEL     // quick builds for timing
+#define polymla_decode_bf16_d576_gather polymla_decode_bf16_d576_tma
+#define polymla_decode_bf16_d512_tma polymla_decode_bf16_d576_tma
+#define polymla_decode_bf16_d512_gather polymla_decode_bf16_d576_tma
+#define polymla_decode_f16_d576_tma polymla_decode_bf16_d576_tma
+#define polymla_decode_f16_d576_gather polymla_decode_bf16_d576_tma
+#define polymla_decode_f16_d512_tma polymla_decode_bf16_d576_tma
+#define polymla_decode_f16_d512_gather polymla_decode_bf16_d576_tma
+#endif
+
 typedef void (*DecodeKernel)(const DecodeParams, const TensorMap, const TensorMap);
-DecodeKernel kernels[2][2][3] = {
-    {{polymla_decode_bf16_d512_tma, polymla_decode_bf16_d512_tma_x2, polymla_decode_bf16_d512_gather},
-     {polymla_decode_bf16_d576_tma, polymla_decode_bf16_d576_tma_x2, polymla_decode_bf16_d576_gather}},
-    {{polymla_decode_f16_d512_tma, polymla_decode_f16_d512_tma_x2, polymla_decode_f16_d512_gather},
-     {polymla_decode_f16_d576_tma, polymla_decode_f16_d576_tma_x2, polymla_decode_f16_d576_gather}}};
+// [f16][rope][gather]
+DecodeKernel kernels[2][2][2] = {{{polymla_decode_bf16_d512_tma, polymla_decode_bf16_d512_gather},
+                                  {polymla_decode_bf16_d576_tma, polymla_decode_bf16_d576_gather}},
+                                 {{polymla_decode_f16_d512_tma, polymla_decode_f16_d512_gather},
+                                  {polymla_decode_f16_d576_tma, polymla_decode_f16_d576_gather}}};
 
 decltype(&cuTensorMapEncodeTiled) encode_fn;
 
@@ -39,7 +50,8 @@ int encode(TensorMap* map, const void* base, int f16, bool ckv, const DecodePara
     CUresult r = encode_fn(reinterpret_cast<CUtensorMap*>(map),
                            f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, ckv ? 5 : 4,
                            const_cast<void*>(base), ckv ? dims5 : dims4, ckv ? strides5 : strides4, ckv ? box5 : box4, one,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CUtensorMapL2promotion(getenv("PM_PROMOTION") ? atoi(getenv("PM_PROMOTION")) : 3),
                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r) fprintf(stderr, "cuTensorMapEncodeTiled: %d\n", int(r));
     return int(r);
@@ -76,22 +88,15 @@ extern "C" int pm_schedule(const ScheduleParams* p, void* stream) {
     return check(cudaGetLastError(), "schedule");
 }
 
-// form: 0 tma, 1 tma in clusters of two M tiles, 2 gather. combine_ctas 0: no combine.
+// form: 0 tma, 1 gather. combine_ctas 0: no combine.
 extern "C" int pm_decode(const DecodeParams* p, const TensorMap* maps, int f16, int rope, int form, int combine_ctas,
                          void* stream) {
-    cudaLaunchAttribute attr[2];
+    cudaLaunchAttribute attr[1];
     cudaLaunchConfig_t cfg = {};
     cfg.gridDim = dim3(p->m_tiles, p->h_kv, p->num_parts);
     cfg.blockDim = dim3(384);
     cfg.dynamicSmemBytes = Smem::total;
     cfg.stream = (cudaStream_t)stream;
-    cfg.attrs = attr;
-    if (form == 1) {
-        attr[cfg.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attr[cfg.numAttrs].val.clusterDim.x = 2;
-        attr[cfg.numAttrs].val.clusterDim.y = 1;
-        attr[cfg.numAttrs++].val.clusterDim.z = 1;
-    }
     if (int e = check(cudaLaunchKernelEx(&cfg, kernels[f16][rope][form], *p, maps[0], maps[1]), "decode")) return e;
     if (!combine_ctas) return 0;
     cudaLaunchConfig_t c2 = {};

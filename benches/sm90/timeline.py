@@ -1,7 +1,7 @@
 """Prints the pipeline's time stamps (cycles) for one CTA: python3 timeline.py ROW [ROW ...]."""
 import ctypes as C, sys, numpy as np, torch, run
 
-lib = run.build(["POLYMLA_PROFILE"], "prof")
+lib = run.build([sys.argv.pop(1)], "prof")      # POLYMLA_PROFILE, or a library built with it
 for row in map(int, sys.argv[1:]):
     b, s_q, h_q, s_k, var, floor, best = run.ROWS[row]
     q, kv, table, lens = run.make(b, s_q, h_q, s_k, varlen=bool(var), seed=row, poison=False)
