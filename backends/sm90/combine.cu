@@ -14,7 +14,7 @@
 namespace polymla {
 
 constexpr int COMBINE_THREADS = 256;
-constexpr int MAX_PARTS = 1024;
+constexpr int MAX_PARTS = 512;
 
 struct Merge {
     float m0, m1, w0, w1;   // running maximum and weight of rows g and g + 8
@@ -113,7 +113,7 @@ PM_DEV void merge_pieces(const DecodeParams& p, Merge& s, SlotOf slot_of, int fi
 
 template <class Elem>
 PM_DEV void combine(const DecodeParams& p) {
-    __shared__ int owners[MAX_PARTS];       // parts in which a split request begins
+    __shared__ int4 owners[MAX_PARTS];      // split requests: request, pieces, slot of the first, of the second
     __shared__ int warp_count[COMBINE_THREADS / 32];
     __shared__ float4 shared_o[8][32];
     __shared__ float4 shared_mw[8][32];
@@ -127,10 +127,14 @@ PM_DEV void combine(const DecodeParams& p) {
         for (int base = 0; base < p.num_parts; base += COMBINE_THREADS) {
             const int part = base + tid;
             bool owner = false;
+            int4 info = {0, 0, 0, 0};
             if (part < p.num_parts) {
                 const PartMeta m = p.parts[part];
                 owner = m.begin_req < p.b && m.end_req >= m.begin_req && m.last_req_split &&
                         (m.begin_req < m.end_req || m.begin_block == 0);
+                if (owner)
+                    info = make_int4(m.end_req, p.num_splits[m.end_req + 1] - p.num_splits[m.end_req],
+                                     2 * part + (m.begin_req == m.end_req ? 0 : 1), 2 * (part + 1));
             }
             const u32 ballot = __ballot_sync(0xffffffffu, owner);
             if (lane == 0) warp_count[warp] = __popc(ballot);
@@ -140,7 +144,7 @@ PM_DEV void combine(const DecodeParams& p) {
                 if (w < warp) at += warp_count[w];
                 count += warp_count[w];
             }
-            if (owner && at < MAX_PARTS) owners[at] = part;
+            if (owner && at < MAX_PARTS) owners[at] = info;
             __syncthreads();
         }
     }
@@ -168,12 +172,11 @@ PM_DEV void combine(const DecodeParams& p) {
             next_slot = first_slot + 1;
             slot_step = 1;
         } else {
-            const int part = owners[owner];
-            const PartMeta m = p.parts[part];
-            req = m.end_req;
-            n = p.num_splits[req + 1] - p.num_splits[req];
-            first_slot = 2 * part + (m.begin_req == req ? 0 : 1);
-            next_slot = 2 * (part + 1);
+            const int4 info = owners[owner];
+            req = info.x;
+            n = info.y;
+            first_slot = info.z;
+            next_slot = info.w;
             slot_step = 2;
         }
         if (n <= 1) continue;
@@ -203,7 +206,7 @@ PM_DEV void combine(const DecodeParams& p) {
 
 }  // namespace polymla
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     polymla_combine_bf16(const __grid_constant__ polymla::DecodeParams p) { polymla::combine<polymla::Bf16>(p); }
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
     polymla_combine_f16(const __grid_constant__ polymla::DecodeParams p) { polymla::combine<polymla::F16>(p); }

@@ -63,10 +63,10 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
 
     if (warp < 4) {
         reg_inc<184>();
-        QkWarpgroup<Elem, ROPE, GATHER>::run(p, map_kpe, smem);
+        QkWarpgroup<Elem, ROPE, GATHER>::run(p, smem);
     } else {
         reg_dec<160>();
-        PvWarpgroup<Elem, GATHER>::run(p, map_ckv, smem, warp / 4 - 1);
+        PvWarpgroup<Elem, ROPE, GATHER>::run(p, map_ckv, map_kpe, smem, warp / 4 - 1);
     }
     PM_TIME(1);
 }

@@ -1,6 +1,6 @@
 // Filling the KV stages. There is no producer warp: registers are spoken for. The warpgroup
 // that frees a piece of a stage refills it, three blocks ahead: each PV warpgroup its half
-// of the 512 columns right after P V(j), the QK warpgroup the rope columns after Q K^T(j).
+// of the 512 columns right after P V(j), the right one also the rope columns after Q K^T(j).
 //
 // TMA form: boxes of 64 columns x min(page_size, 64) tokens, evict-first, issued by one warp.
 //
@@ -60,8 +60,13 @@ PM_DEV BoxAt locate(const DecodeParams& p, u32 smem, u32 seg, int blk) {
     return at;
 }
 
+// There is room for one block's rope columns only, so their load starts late; the L2 prefetch
+// that goes with the right half takes the trip to memory out of it.
+//
 // One warp of the PV warpgroup of `half`, when all warps of that are done with the stage's previous use.
-PM_DEV void load_half_tma(const DecodeParams& p, const TensorMap* map, u32 smem, const BoxAt& at, u32 half, u32 stage) {
+template <bool ROPE>
+PM_DEV void load_half_tma(const DecodeParams& p, const TensorMap* map, const TensorMap* map_kpe, u32 smem,
+                          const BoxAt& at, u32 half, u32 stage) {
     const int n = int(at.count());
     if (n == 0) return;
     const u32 full = smem + (half ? Smem::full_r : Smem::full_l) + stage * 8;
@@ -70,6 +75,7 @@ PM_DEV void load_half_tma(const DecodeParams& p, const TensorMap* map, u32 smem,
         if (elect_one()) {
             mbar_expect_tx(full, HALF);
             tma_load_ckv(dst, map, full, at.token(), half * 4, blockIdx.y, at.page);
+            if (ROPE && half) tma_prefetch_rope(map_kpe, at.token(), blockIdx.y, at.page);
         }
         __syncwarp();
         return;

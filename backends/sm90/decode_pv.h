@@ -12,7 +12,7 @@ namespace polymla {
 
 constexpr float LN2 = 0.6931471805599453f;
 
-template <class Elem, bool GATHER>
+template <class Elem, bool ROPE, bool GATHER>
 struct PvWarpgroup {
     // Zeroes V rows [valid, 64) of this half: their bytes may be NaN, and 0 * NaN is NaN.
     static PM_DEV void zero_tail(u32 half_addr, int valid, u32 half) {
@@ -124,11 +124,15 @@ struct PvWarpgroup {
         }
     }
 
-    static PM_DEV void run(const DecodeParams& p, const TensorMap* map, u32 smem, u32 half) {
+    static PM_DEV void run(const DecodeParams& p, const TensorMap* map, const TensorMap* map_kpe, u32 smem, u32 half) {
         const u32 warp = threadIdx.x / 32 % 4;
         float o[128];
         Ring kv;
         u32 item = 0;
+        // The rope columns are the business of warp 1 of the right half: `rope` is the block to
+        // load when Q K^T of the one before it is through.
+        const bool rope_warp = ROPE && !GATHER && half && warp == 1;
+        BoxAt rope{0, 0};
 
         {
             const int begin = ld_shared(segment_record(smem, 0) + SEG_BEGIN);
@@ -137,7 +141,11 @@ struct PvWarpgroup {
                 if (GATHER)
                     load_half_gather(p, smem, 0, begin + i, half, i);
                 else if (warp == 0)
-                    load_half_tma(p, map, smem, locate(p, smem, 0, begin + i), half, i);
+                    load_half_tma<ROPE>(p, map, map_kpe, smem, locate(p, smem, 0, begin + i), half, i);
+            }
+            if (rope_warp) {
+                load_rope_tma(p, map_kpe, smem, locate(p, smem, 0, begin));
+                rope = locate(p, smem, 0, begin + 1);
             }
         }
 #pragma unroll 1
@@ -154,6 +162,10 @@ struct PvWarpgroup {
                 PM_MARK(1 + half, item, 0);
                 mbar_wait(smem + Smem::p_full + buf * 8, use);
                 PM_MARK(1 + half, item, 1);
+                if (rope_warp && rope.boxes) {
+                    mbar_wait(smem + Smem::done_rope, item & 1);
+                    load_rope_tma(p, map_kpe, smem, rope);
+                }
                 if (fresh && ld_shared(smem + Smem::rescale + buf * 16 + warp * 4)) {
                     const u32 at = smem + Smem::scale + buf * 128 + (warp * 16 + threadIdx.x % 32 / 4) * 2;
                     short e0, e1;
@@ -190,6 +202,14 @@ struct PvWarpgroup {
                 PM_MARK(1 + half, item, 4);
                 BoxAt next{0, 0};       // what to load when this stage is free, looked up under the wgmma
                 if (!GATHER && warp == 0) next = locate(p, smem, seg, blk + STAGES);
+                if (rope_warp) {
+                    rope = locate(p, smem, seg, blk + 2);
+                    // Q K^T of the next block is through, as a rule: it opened our gate.
+                    if (rope.boxes && __all_sync(0xffffffffu, mbar_test(smem + Smem::done_rope, (item + 1) & 1))) {
+                        load_rope_tma(p, map_kpe, smem, rope);
+                        rope.boxes = 0;
+                    }
+                }
                 wgmma_wait<0>();
                 PM_MARK(1 + half, item, 5);
                 fence_regs(o);
@@ -212,7 +232,7 @@ struct PvWarpgroup {
                     if (GATHER) {
                         load_half_gather(p, smem, seg, blk + STAGES, half, kv.stage);
                     } else {
-                        load_half_tma(p, map, smem, next, half, kv.stage);
+                        load_half_tma<ROPE>(p, map, map_kpe, smem, next, half, kv.stage);
                     }
                 }
                 PM_MARK(1 + half, item, 7);

@@ -21,7 +21,9 @@ template <class Elem, bool ROPE, bool GATHER>
 struct QkWarpgroup {
     // Loads this warp's 16 rows of Q, coalesced.
     static PM_DEV void fetch_q(const DecodeParams& p, u32 (&q)[32][4], u32 (&pe)[4][4], int req) {
-        const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        u32 lane = threadIdx.x % 32;
+        const u32 warp = threadIdx.x / 32;
+        asm volatile("" : "+r"(lane));      // addresses are worth recomputing, not keeping in registers
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const RowIndex r(p, blockIdx.x * TILE_M + int(warp * 16 + lane / 8) + 4 * i);
@@ -40,7 +42,9 @@ struct QkWarpgroup {
     // Turns them into A fragments through the warp's own rows of the P buffers (2 KiB in each).
     // The rope columns and the last 16 of the others stay in shared memory.
     static PM_DEV void stage_q(u32 (&q)[32][4], const u32 (&pe)[4][4], u32 smem, u32 item) {
-        const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        u32 lane = threadIdx.x % 32;
+        const u32 warp = threadIdx.x / 32;
+        asm volatile("" : "+r"(lane));
         // Every warp is done with the previous segment's Q, and both P buffers with their P.
         named_barrier(BAR_QK, 128);
         mbar_wait(smem + Smem::p_empty + (item & 1) * 8, ((item >> 1) & 1) ^ 1);
@@ -107,7 +111,7 @@ struct QkWarpgroup {
         if (open && threadIdx.x == 0) mbar_arrive(smem + Smem::gate + (item & 1) * 8);
     }
 
-    static PM_DEV void run(const DecodeParams& p, const TensorMap* map_kpe, u32 smem) {
+    static PM_DEV void run(const DecodeParams& p, u32 smem) {
         const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         u32 q[32][4];
         Ring kv;
@@ -120,16 +124,13 @@ struct QkWarpgroup {
             if (req < 0) break;
             {
                 u32 pe[4][4];
+                PM_MARK(0, 0, 13);
                 fetch_q(p, q, pe, req);
-                if (ROPE && seg == 0) {
-                    const int first = ld_shared(rec + SEG_BEGIN);
-                    if (GATHER)
-                        load_rope_gather(p, smem, 0, first);
-                    else if (warp == 0)
-                        load_rope_tma(p, map_kpe, smem, locate(p, smem, 0, first));
-                }
+                PM_MARK(0, 0, 14);
+                if (ROPE && GATHER && seg == 0) load_rope_gather(p, smem, 0, ld_shared(rec + SEG_BEGIN));
                 if (warp == 0) walk_step<Elem>(p, smem, seg + 3);
                 stage_q(q, pe, smem, item);
+                PM_MARK(0, 0, 15);
             }
             int blk = ld_shared(rec + SEG_BEGIN);
             const int end = ld_shared(rec + SEG_END);
@@ -181,9 +182,7 @@ struct QkWarpgroup {
                     qk_step<Elem>(s, q[k], desc + (k / 4) * (SUB >> 4) + (k % 4) * 2, 1);
                 qk_step_shared<Elem>(s, desc_q_last(smem + Smem::q_last), desc + 7 * (SUB >> 4) + 6);
                 wgmma_commit();
-                BoxAt next_rope{0, 0};
                 if (ROPE) {
-                    if (!GATHER && warp == 0) next_rope = locate(p, smem, seg, blk + 1);
                     mbar_wait(smem + Smem::full_rope, item & 1);
                     if (GATHER) fence_async_shared();
                     PM_MARK(0, item, 3);
@@ -194,6 +193,9 @@ struct QkWarpgroup {
                                              desc_k_major(smem + Smem::rope) + k * 2);
                     wgmma_commit();
                 }
+                // P's buffer is free by now, as a rule: the P V before last is through.
+                const u32 buf = item & 1;
+                mbar_wait(smem + Smem::p_empty + buf * 8, ((item >> 1) & 1) ^ 1);
                 wgmma_wait<1>();
                 if (landed && threadIdx.x == 0) mbar_arrive(smem + Smem::gate + ((item + 1) & 1) * 8);
                 PM_MARK(0, item, 4);
@@ -203,15 +205,11 @@ struct QkWarpgroup {
                 if (ROPE) {
                     __syncwarp();
                     if (lane == 0) mbar_arrive(smem + Smem::done_rope);
-                    if (GATHER || warp == 0) {
+                    if (GATHER) {
                         mbar_wait(smem + Smem::done_rope, item & 1);
-                        if (GATHER) {
-                            u32 next_seg = seg;
-                            int next_blk = blk + 1;
-                            if (normalise(smem, next_seg, next_blk)) load_rope_gather(p, smem, next_seg, next_blk);
-                        } else {
-                            load_rope_tma(p, map_kpe, smem, next_rope);
-                        }
+                        u32 next_seg = seg;
+                        int next_blk = blk + 1;
+                        if (normalise(smem, next_seg, next_blk)) load_rope_gather(p, smem, next_seg, next_blk);
                     }
                 }
                 PM_MARK(0, item, 6);
@@ -230,13 +228,11 @@ struct QkWarpgroup {
                     }
                 }
                 // ---- running maximum; each lane looks at its own logits, the quad only meets when it moves
-                const u32 buf = item & 1;
                 const float scale = p.scale_log2;
                 float top0 = fmaxf(max_of<0>(s), max_of<16>(s)) * scale;
                 float top1 = fmaxf(max_of<2>(s), max_of<18>(s)) * scale;
                 const bool rescale =
                     __any_sync(0xffffffffu, top0 > m[0] + RESCALE_STEP || top1 > m[1] + RESCALE_STEP);
-                mbar_wait(smem + Smem::p_empty + buf * 8, ((item >> 1) & 1) ^ 1);
                 if (lane == 0) st_shared(smem + Smem::rescale + buf * 16 + warp * 4, rescale);
                 if (rescale) {
                     // Exponents: the factor is a power of two, so rescaling is exact.

@@ -1,5 +1,5 @@
 // Thin wrappers over the PTX that the sm90 kernels use: mbarrier, TMA, wgmma,
-// ldmatrix/stmatrix, cp.async, register reallocation, clusters and programmatic
+// ldmatrix/stmatrix, cp.async, register reallocation and programmatic
 // dependent launch. No toolkit header is needed, so nvcc and NVRTC compile it alike.
 #pragma once
 
@@ -131,6 +131,13 @@ PM_DEV void tma_load_rope(u32 dst, const TensorMap* map, u32 bar, int token, int
         " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
         "l"(map), "r"(bar), "r"(0), "r"(token), "r"(head), "r"(page)
         : "memory");
+}
+
+// Brings that box into the L2.
+PM_DEV void tma_prefetch_rope(const TensorMap* map, int token, int head, int page) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(0), "r"(token),
+                 "r"(head), "r"(page)
+                 : "memory");
 }
 
 // Loads one box at (0, token, 64-column group, head, page) of the 5-D ckv map.

@@ -13,7 +13,7 @@ for row in map(int, sys.argv[1:]):
     t0 = int(t[0, 0, 10])
     def d(g, item, evs):
         return " ".join(f"{(int(t[g, item, e]) - t0) & 0xffffffff:6d}" if t[g, item, e] else "     -" for e in evs)
-    print("start", d(0, 0, (10, 11, 12)))
+    print("start", d(0, 0, (10, 11, 12, 13, 14, 15)))
     blocks = min(64, max(1, s_k // 64 * b // (132 // c.p.m_tiles)))
     for item in [i for i in list(range(0, 4)) + list(range(40, 43)) if i < blocks]:
         print(f"{item:2d} QK {d(0, item, range(10))} | L {d(1, item, range(1, 9))} | R {d(2, item, range(1, 9))}")
