@@ -6,6 +6,7 @@ use std::path::Path;
 use plotters::prelude::*;
 
 use crate::bench::Measured;
+use crate::output::short;
 use crate::suites::{Ceilings, PEERS, Recorded};
 
 const SIZE: (u32, u32) = (1000, 640);
@@ -52,18 +53,13 @@ pub fn draw(
         .bold_line_style(BLACK.mix(0.10))
         .label_style(("sans-serif", 14))
         .x_label_formatter(&|v| format!("{v:.0}"))
-        .y_label_formatter(&|v| if *v < 1.0 { format!("{v:.2}") } else { format!("{v:.0}") })
+        .y_label_formatter(&|v| short(*v))
         .draw()?;
     if let Some(c) = ceilings {
         let steps = 200;
         let at = |i: i32| x.start * (x.end / x.start).powf(f64::from(i) / f64::from(steps));
         let roof = (0..=steps).map(at).map(|x| (x, (x * c.read_gbps / 1e3).min(c.tflops)));
-        let label = format!("ceilings: {:.0} GB/s, {:.0} TFLOP/s", c.read_gbps, c.tflops);
-        let label = if c.tflops < 10.0 {
-            label.replace(&format!("{:.0} TFLOP/s", c.tflops), &format!("{:.2} TFLOP/s", c.tflops))
-        } else {
-            label
-        };
+        let label = format!("ceilings: {:.0} GB/s, {} TFLOP/s", c.read_gbps, short(c.tflops));
         chart
             .draw_series(LineSeries::new(roof.filter(|(_, r)| *r >= y.start), BLACK.stroke_width(2)))?
             .label(label)
@@ -84,8 +80,8 @@ pub fn draw(
         .legend(|(x, y)| Circle::new((x + 9, y), 5, OURS.filled()));
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .background_style(WHITE.mix(0.9))
+        .position(SeriesLabelPosition::UpperLeft)
+        .background_style(WHITE)
         .border_style(BLACK.mix(0.3))
         .label_font(("sans-serif", 14))
         .draw()?;
