@@ -50,24 +50,12 @@ pub trait HostBackend: Send + Sync {
         outputs: &mut Outputs<'_>,
     ) -> Result<()>;
 
-    /// Times `run` alone: tensors in place, schedule made. Returns one duration a repeat, in order.
+    /// Times `run` alone, tensors in place and schedule made, on inputs that are made there from pieces: gigabytes need
+    /// not travel. Returns one duration a repeat, in order.
     ///
     /// # Errors
     /// As [`decode`](Self::decode).
     fn time(
-        &self,
-        problem: &Problem,
-        options: &ScheduleOptions,
-        inputs: &Inputs<'_>,
-        outputs: &mut Outputs<'_>,
-        timing: Timing,
-    ) -> Result<Vec<Duration>>;
-
-    /// As [`time`](Self::time), on inputs that are made in place from pieces: gigabytes need not travel.
-    ///
-    /// # Errors
-    /// As [`decode`](Self::decode).
-    fn time_repeated(
         &self,
         problem: &Problem,
         options: &ScheduleOptions,
@@ -76,7 +64,7 @@ pub trait HostBackend: Send + Sync {
     ) -> Result<Vec<Duration>>;
 }
 
-/// What [`HostBackend::time_repeated`] times on: tensors without gaps, fused, the large one as a piece of it.
+/// What [`HostBackend::time`] times on: tensors without gaps, fused, the large one as a piece of it.
 #[derive(Debug, Clone, Copy)]
 pub struct RepeatedInputs<'a> {
     /// Elements of `q`, repeated where they are fewer.
@@ -214,19 +202,6 @@ impl<B: MlaBackend> HostBackend for B {
         &self,
         problem: &Problem,
         options: &ScheduleOptions,
-        inputs: &Inputs<'_>,
-        outputs: &mut Outputs<'_>,
-        timing: Timing,
-    ) -> Result<Vec<Duration>> {
-        with_tensors(self, problem, inputs, outputs, |inputs, outputs| {
-            time_run(self, problem, options, inputs, outputs, timing)
-        })
-    }
-
-    fn time_repeated(
-        &self,
-        problem: &Problem,
-        options: &ScheduleOptions,
         inputs: &RepeatedInputs<'_>,
         timing: Timing,
     ) -> Result<Vec<Duration>> {
@@ -290,7 +265,7 @@ mod tests {
         let timing = Timing { warmups: 1, repeats: 3, flush: true };
         let time = |block_table: &[i32]| {
             let inputs = RepeatedInputs { q: &tile, k_cache: &tile, block_table, cache_seqlens: &[100, 20] };
-            backend.time_repeated(&p, &ScheduleOptions::default(), &inputs, timing)
+            backend.time(&p, &ScheduleOptions::default(), &inputs, timing)
         };
         assert_eq!(time(&[0, 2, 1, -1]).unwrap().len(), 3);
         assert!(matches!(

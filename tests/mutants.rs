@@ -294,10 +294,9 @@ impl HostBackend for Engine {
         &self,
         _: &Problem,
         _: &ScheduleOptions,
-        _: &Inputs<'_>,
-        _: &mut Outputs<'_>,
-        _: Timing,
-    ) -> Result<Vec<std::time::Duration>> {
+        _: &polymla::RepeatedInputs<'_>,
+        _: polymla::Timing,
+    ) -> polymla::Result<Vec<std::time::Duration>> {
         Ok(Vec::new())
     }
     fn decode(&self, p: &Problem, options: &ScheduleOptions, inputs: &Inputs<'_>, to: &mut Outputs<'_>) -> Result<()> {

@@ -13,7 +13,7 @@ use crate::cpu_ceilings;
 use crate::output::{self, Outcome, short};
 use crate::roofline;
 use crate::suites::{self, Best, Ceilings, Recorded, Shape};
-use crate::synthetic::Synthetic;
+use crate::synthetic::{Batch, Values};
 
 #[derive(Parser)]
 pub struct Args {
@@ -146,12 +146,16 @@ pub fn run(args: &Args, json: bool) -> Outcome {
     let bar =
         ProgressBar::new(shapes.len() as u64).with_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")?);
     let mut rows = Vec::new();
+    let mut values: Option<Values> = None;
     for shape in shapes {
         bar.set_message(format!("b {} s_q {} h_q {} s_k {}", shape.b, shape.s_q, shape.h_q, shape.length()));
-        let mut data = Synthetic::new(&shape, 1)?;
-        let lens = data.cache_seqlens.clone();
-        let (problem, inputs, mut outputs) = data.call()?;
-        let us = median_us(backend.time(problem, &options, &inputs, &mut outputs, timing)?);
+        let values = match values.take() {
+            Some(same) if same.dtype() == shape.dtype => values.insert(same),
+            _ => values.insert(Values::new(shape.dtype, 1)),
+        };
+        let batch = Batch::new(&shape, 1)?;
+        let (problem, lens) = (&batch.problem, batch.cache_seqlens.clone());
+        let us = median_us(backend.time(problem, &options, &batch.inputs(values), timing)?);
         let (flop, bytes) = (problem.flop(&lens) as f64, problem.bytes(&lens) as f64);
         let floor_us = ceilings.map(|c| c.floor_us(flop, bytes));
         let best = recorded.best(&shape).filter(|_| same_device);
