@@ -4,7 +4,7 @@ use polymla::conformance::random::{Limits, random_call};
 use polymla::conformance::{Call, Layout, check_with, golden};
 use polymla::{
     BackendInfo, DType, Device, Evidence, HostBackend, Inputs, KvCache, Mask, MlaError, Outputs, Problem, Query,
-    Result, ScheduleOptions, SplitPolicy, TensorView, Timing, Unsupported, get_mla_metadata,
+    RepeatedInputs, Result, ScheduleOptions, SplitPolicy, TensorView, Timing, Unsupported, get_mla_metadata,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -294,9 +294,9 @@ impl HostBackend for Engine {
         &self,
         _: &Problem,
         _: &ScheduleOptions,
-        _: &polymla::RepeatedInputs<'_>,
-        _: polymla::Timing,
-    ) -> polymla::Result<Vec<std::time::Duration>> {
+        _: &RepeatedInputs<'_>,
+        _: Timing,
+    ) -> Result<Vec<std::time::Duration>> {
         Ok(Vec::new())
     }
     fn decode(&self, p: &Problem, options: &ScheduleOptions, inputs: &Inputs<'_>, to: &mut Outputs<'_>) -> Result<()> {
