@@ -1,10 +1,10 @@
 // Merging the pieces of split requests.
 //
-// Tile      one n8 block (16 rows x 8 columns of O, in fragment order) per warp: 512
-//           contiguous bytes a piece, 16 bytes a lane, eight pieces in flight.
-// Roles     when there is much to merge every warp takes its own n8 block; when there is
-//           little (small batches) the eight warps of a CTA share one block's pieces and
-//           merge in shared memory. The order of summation is fixed either way.
+// Tile      n8 blocks (16 rows x 8 columns of O, in fragment order): 512 contiguous bytes a
+//           piece and block, 16 bytes a lane, eight loads in flight.
+// Roles     when there is much to merge every warp takes four n8 blocks, two pieces at a
+//           time; when there is little (small batches) the eight warps of a CTA share one
+//           block's pieces and merge in shared memory. The order of summation is fixed.
 // Pipeline  launched as a programmatic dependent of the main kernel: the list of split
 //           requests is made while that runs, the partial results are read after it.
 //
@@ -64,49 +64,60 @@ PM_DEV void store_merged(const DecodeParams& p, const Merge& s, int req, int kv_
     }
 }
 
-// Pieces first, first + step, ... of one n8 block.
-template <class SlotOf>
-PM_DEV void merge_pieces(const DecodeParams& p, Merge& s, SlotOf slot_of, int first, int step, int n, int kv_head,
+// Pieces first, first + step, ... of N adjacent n8 blocks, U pieces at a time.
+template <int N, int U, class SlotOf>
+PM_DEV void merge_pieces(const DecodeParams& p, Merge (&s)[N], SlotOf slot_of, int first, int step, int n, int kv_head,
                          int m_tile, int row_group, int half, int block, int lane) {
-    constexpr int U = 8;
+#pragma unroll 1
     for (int base = first; base < n; base += step * U) {
         float l0[U], l1[U];
-        float4 v[U];
+        float4 v[U][N];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             const int piece = base + u * step;
             l0[u] = l1[u] = -__int_as_float(0x7f800000);
-            v[u] = make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int i = 0; i < N; ++i) v[u][i] = make_float4(0, 0, 0, 0);
             if (piece < n) {
                 const i64 tile = partial_tile(p, slot_of(piece), kv_head, m_tile);
                 const float* lse = p.partial_lse + tile * TILE_M + row_group * 16 + lane / 4;
                 l0[u] = __ldcg(lse);
                 l1[u] = __ldcg(lse + 8);
-                v[u] = __ldcg(reinterpret_cast<const float4*>(p.partial_out) +
-                              ((tile * 4 + row_group) * 2 + half) * 1024 + block * 32 + lane);
+                const float4* src = reinterpret_cast<const float4*>(p.partial_out) +
+                                    ((tile * 4 + row_group) * 2 + half) * 1024 + block * 32 + lane;
+#pragma unroll
+                for (int i = 0; i < N; ++i) v[u][i] = __ldcg(src + i * 32);
             }
         }
-        float n0 = s.m0, n1 = s.m1;
+        float n0 = s[0].m0, n1 = s[0].m1;
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             n0 = fmaxf(n0, l0[u]);
             n1 = fmaxf(n1, l1[u]);
         }
-        const float a0 = exp2_fast(s.m0 - n0), a1 = exp2_fast(s.m1 - n1);
-        s.m0 = n0;
-        s.m1 = n1;
-        s.w0 *= a0;
-        s.w1 *= a1;
-        s.o = make_float4(s.o.x * a0, s.o.y * a0, s.o.z * a1, s.o.w * a1);
+        const float a0 = exp2_fast(s[0].m0 - n0), a1 = exp2_fast(s[0].m1 - n1);
+        float w0 = s[0].w0 * a0, w1 = s[0].w1 * a1;
+#pragma unroll
+        for (int i = 0; i < N; ++i) s[i].o = make_float4(s[i].o.x * a0, s[i].o.y * a0, s[i].o.z * a1, s[i].o.w * a1);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             const float b0 = exp2_fast(l0[u] - n0), b1 = exp2_fast(l1[u] - n1);
-            s.w0 += b0;
-            s.w1 += b1;
-            s.o.x += v[u].x * b0;
-            s.o.y += v[u].y * b0;
-            s.o.z += v[u].z * b1;
-            s.o.w += v[u].w * b1;
+            w0 += b0;
+            w1 += b1;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                s[i].o.x += v[u][i].x * b0;
+                s[i].o.y += v[u][i].y * b0;
+                s[i].o.z += v[u][i].z * b1;
+                s[i].o.w += v[u][i].w * b1;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            s[i].m0 = n0;
+            s[i].m1 = n1;
+            s[i].w0 = w0;
+            s[i].w1 = w1;
         }
     }
 }
@@ -155,11 +166,11 @@ PM_DEV void combine(const DecodeParams& p) {
     const int row_groups = (rows + 15) / 16;                        // over all M tiles
     const i64 units = i64(count) * p.h_kv * row_groups * 2;         // x 32 n8 blocks each
     const bool share = !fixed && units * 4 < gridDim.x;
-    const int per_unit = share ? 32 : 4;
+    const int per_unit = share ? 32 : 1;
 
     for (i64 item = blockIdx.x; item < units * per_unit; item += gridDim.x) {
         const i64 unit = item / per_unit;
-        const int block = int(item - unit * per_unit) * (share ? 1 : 8) + (share ? 0 : warp);
+        const int block = share ? int(item - unit * per_unit) : warp * 4;
         const int half = int(unit & 1);
         const int row_group = int((unit >> 1) % row_groups);
         const int rest = int((unit >> 1) / row_groups);
@@ -181,25 +192,30 @@ PM_DEV void combine(const DecodeParams& p) {
         }
         if (n <= 1) continue;
         auto slot_of = [&](int piece) { return piece == 0 ? first_slot : next_slot + (piece - 1) * slot_step; };
-        Merge s;
-        s.init();
-        merge_pieces(p, s, slot_of, share ? warp : 0, share ? 8 : 1, n, kv_head, row_group / 4, row_group % 4, half, block,
-                     lane);
         if (share) {
-            shared_o[warp][lane] = s.o;
-            shared_mw[warp][lane] = make_float4(s.m0, s.m1, s.w0, s.w1);
+            Merge s[1];
+            s[0].init();
+            merge_pieces<1, 8>(p, s, slot_of, warp, 8, n, kv_head, row_group / 4, row_group % 4, half, block, lane);
+            shared_o[warp][lane] = s[0].o;
+            shared_mw[warp][lane] = make_float4(s[0].m0, s[0].m1, s[0].w0, s[0].w1);
             __syncthreads();
             if (warp == 0) {
 #pragma unroll 1
                 for (int w = 1; w < 8; ++w) {
                     const float4 mw = shared_mw[w][lane];
-                    s.add(mw.x, mw.y, mw.z, mw.w, shared_o[w][lane]);
+                    s[0].add(mw.x, mw.y, mw.z, mw.w, shared_o[w][lane]);
                 }
-                store_merged<Elem>(p, s, req, kv_head, row_group * 16, half, block, lane);
+                store_merged<Elem>(p, s[0], req, kv_head, row_group * 16, half, block, lane);
             }
             __syncthreads();
         } else {
-            store_merged<Elem>(p, s, req, kv_head, row_group * 16, half, block, lane);
+            Merge s[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[i].init();
+            merge_pieces<4, 2>(p, s, slot_of, 0, 1, n, kv_head, row_group / 4, row_group % 4, half, block, lane);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                store_merged<Elem>(p, s[i], req, kv_head, row_group * 16, half, block + i, lane);
         }
     }
 }

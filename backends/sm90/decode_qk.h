@@ -7,7 +7,8 @@
 //
 // The gate: PV(j) is held back until Q K^T(j+1) is nearly through the tensor cores,
 // because then PV(j) covers the softmax of block j+1. When block j+1 has not landed
-// yet there is nothing to wait for and the gate opens at once.
+// yet there is nothing to wait for and the gate opens at once; so it does with a single
+// M tile, which is bound by memory: an early PV(j) gives its stage back early.
 #pragma once
 
 #include "decode_walk.h"
@@ -156,7 +157,7 @@ struct QkWarpgroup {
                 PM_MARK(0, item, 0);
                 const u64 desc = desc_k_major(smem + Smem::kv + kv.stage * STAGE_BYTES);
                 const u32 full_l = smem + Smem::full_l + kv.stage * 8;
-                const bool landed = !first && __all_sync(0xffffffffu, mbar_test(full_l, kv.parity));
+                const bool landed = !first && p.m_tiles > 1 && __all_sync(0xffffffffu, mbar_test(full_l, kv.parity));
                 if (!landed) {
                     if (!first) hand_over(smem, item - 1, true);
                     mbar_wait(full_l, kv.parity);

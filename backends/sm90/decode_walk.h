@@ -57,6 +57,22 @@ PM_DEV void store_empty(const DecodeParams& p, bool bad, int req, int slot) {
     }
 }
 
+// Brings the Q rows of a segment into the L2, by one warp.
+PM_DEV void prefetch_q(const DecodeParams& p, int req) {
+    const int rows = min(TILE_M, p.s_q * p.heads_per_kv - int(blockIdx.x) * TILE_M);
+#pragma unroll 1
+    for (int k = threadIdx.x % 32; k < rows; k += 32) {
+        const RowIndex r(p, blockIdx.x * TILE_M + k);
+        const u16* q = reinterpret_cast<const u16*>(p.q_nope) + i64(req) * p.q_nope_stride_b +
+                       i64(r.s) * p.q_nope_stride_s + i64(r.h) * p.q_nope_stride_h;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) prefetch_l2(q + c * 64);
+        if (p.q_pe)
+            prefetch_l2(reinterpret_cast<const u16*>(p.q_pe) + i64(req) * p.q_pe_stride_b + i64(r.s) * p.q_pe_stride_s +
+                        i64(r.h) * p.q_pe_stride_h);
+    }
+}
+
 // The walk's state, in shared memory between steps: PartMeta (8 x i32), then req, next
 // block, and the length of req, loaded a step early.
 enum WalkField { WALK_META = 0, WALK_REQ = 32, WALK_BLOCK = 36, WALK_LEN = 40 };
@@ -148,7 +164,10 @@ PM_DEV void walk_step(const DecodeParams& p, u32 smem, u32 seg) {
             }
             if (bad) report_bad(p, req);
         }
-        if (end > begin) return;
+        if (end > begin) {
+            if (seg > 0) prefetch_q(p, req);    // the first one's is under way
+            return;
+        }
         store_empty<Elem>(p, bad, req, slot);
     }
 }
