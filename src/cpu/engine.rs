@@ -167,7 +167,7 @@ impl Job<'_> {
         let shared = plan.rows / heads;
         // SAFETY: worker < plan.workers, for each of which the workspace holds a scratch.
         let scratch = unsafe { self.scratch.add(worker * plan.scratch_bytes) };
-        let mut block = Block { tokens_at: [[std::ptr::null(); BLOCK_TOKENS]; 2], columns: [0; 2], tokens: 0 };
+        let mut blocks = [Block::NONE, Block::NONE];
         loop {
             let n = self.next.fetch_add(1, Ordering::Relaxed);
             let (split, part) = (n / (heads * plan.tiles), n % (heads * plan.tiles));
@@ -183,7 +183,7 @@ impl Job<'_> {
             // exist.
             unsafe {
                 let tile = plan.sizes.lay(scratch, rows);
-                self.decode(&tile, &mut block, &tiled);
+                self.decode(&tile, &mut blocks, &tiled);
                 self.finish(&tile, &tiled);
             }
         }
@@ -205,7 +205,7 @@ impl Job<'_> {
     }
 
     /// Runs a tile over the tokens of its split.
-    unsafe fn decode(&self, tile: &Tile, block: &mut Block, tiled: &Tiled) {
+    unsafe fn decode(&self, tile: &Tile, blocks: &mut [Block; 2], tiled: &Tiled) {
         let (call, kernels) = (self.call, self.kernels);
         let rows = tile.panels * PANEL;
         // SAFETY: all arrays of the tile are as large as `Sizes` says; all tokens are below the request's length, and
@@ -227,9 +227,18 @@ impl Job<'_> {
             }
             call.pack_query(tile, kernels.query_form, tiled.request, tiled.kv_head, tiled.first_row);
             tile.zeros.write_bytes(0, tile.head_dim_k);
+            let [block, next] = blocks;
+            let find = |block: &mut Block, start: usize| match end.saturating_sub(start) {
+                0 => block.tokens = 0,
+                left => {
+                    let tokens = left.min(BLOCK_TOKENS);
+                    call.find(block, tiled.request, tiled.kv_head, start, tokens, tile.zeros.cast());
+                }
+            };
+            find(block, begin);
             for start in (begin..end).step_by(BLOCK_TOKENS) {
-                let tokens = BLOCK_TOKENS.min(end - start);
-                call.find(block, tiled.request, tiled.kv_head, start, tokens, tile.zeros.cast());
+                find(next, start + BLOCK_TOKENS);
+                let tokens = block.tokens;
                 (kernels.stage)(tile, block);
                 (kernels.scores)(tile, block);
                 let cut = start + tokens > all_see;
@@ -239,10 +248,11 @@ impl Job<'_> {
                 }
                 (kernels.softmax)(tile, tokens, self.scale, masked);
                 if cut {
-                    self.accumulate_cut(tile, tokens, start == begin);
+                    self.accumulate_cut(tile, tokens, start == begin, next);
                 } else {
-                    (kernels.accumulate)(tile, (0, tile.rows), tokens, start == begin);
+                    (kernels.accumulate)(tile, (0, tile.rows), tokens, start == begin, next);
                 }
+                std::mem::swap(block, next);
             }
         }
     }
@@ -261,7 +271,7 @@ impl Job<'_> {
     /// `accumulate` where rows see different tokens. A weight of 0 does not undo a NaN, so values that a row does not
     /// see must not be multiplied at all: rows are handled by how many tokens they see, most first, and the staged V is
     /// cut down as that number falls.
-    unsafe fn accumulate_cut(&self, tile: &Tile, tokens: usize, first: bool) {
+    unsafe fn accumulate_cut(&self, tile: &Tile, tokens: usize, first: bool, after: &Block) {
         // SAFETY: limits were written for every row.
         unsafe {
             let limit = |row: usize| *tile.limit.add(row) as usize;
@@ -279,7 +289,7 @@ impl Job<'_> {
                         row += 1;
                     }
                     if here == tokens {
-                        (self.kernels.accumulate)(tile, (begin, row), tokens, first);
+                        (self.kernels.accumulate)(tile, (begin, row), tokens, first, after);
                     } else if here < tokens {
                         next = next.max(Some(here));
                     }

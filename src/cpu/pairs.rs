@@ -185,14 +185,13 @@ unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
     row: usize,
     column: usize,
     width: usize,
-    offset: usize,
     pairs: usize,
     first: bool,
 ) {
-    // SAFETY: rows row..row + MR and NV vectors from `offset` are inside the column panel.
+    // SAFETY: rows row..row + MR and NV vectors are inside the column panel.
     unsafe {
-        let o = tile.o_panel(column).add(row * width + offset);
-        let v = v_panel(tile, column).add(offset).cast::<f32>();
+        let o = tile.o_panel(column).add(row * width);
+        let v = v_panel(tile, column).cast::<f32>();
         let mut p = [std::ptr::null::<u8>(); MR];
         let mut acc = [[_mm512_setzero_ps(); NV]; MR];
         for r in 0..MR {
@@ -224,19 +223,39 @@ unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
     }
 }
 
+/// Asks for tokens `tokens.0..tokens.1` of a block that will be read soon, into the L2.
+#[inline(always)]
+unsafe fn prefetch(next: &Block, tokens: (usize, usize)) {
+    for (tokens_at, columns) in next.tokens_at.iter().zip(next.columns) {
+        for token in &tokens_at[tokens.0..tokens.1] {
+            for byte in (0..2 * columns).step_by(64) {
+                // SAFETY: a prefetch reads nothing; the address is inside the token all the same.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(token.add(byte).cast()) };
+            }
+        }
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn accumulate(tile: &Tile, rows: (usize, usize), tokens: usize, first: bool) {
+unsafe fn accumulate(tile: &Tile, rows: (usize, usize), tokens: usize, first: bool, next: &Block) {
     let pairs = tokens.div_ceil(2);
+    // The next block is asked for a little at each step, so that its lines come in while products run.
+    let steps = tile.v_columns.div_ceil(COLUMNS) * (rows.1 - rows.0).div_ceil(4);
+    let mut step = 0;
     // SAFETY: only whole register tiles inside the tile.
     unsafe {
         for (column, width) in tile.column_panels() {
             let mut row = rows.0;
             while row < rows.1 {
+                if step < steps {
+                    prefetch(next, (next.tokens * step / steps, next.tokens * (step + 1) / steps));
+                    step += 1;
+                }
                 match (width == COLUMNS, rows.1 - row >= 4) {
-                    (true, true) => accumulate_tile::<4, 4>(tile, row, column, width, 0, pairs, first),
-                    (true, false) => accumulate_tile::<1, 4>(tile, row, column, width, 0, pairs, first),
-                    (false, true) => accumulate_tile::<4, 2>(tile, row, column, width, 0, pairs, first),
-                    (false, false) => accumulate_tile::<1, 2>(tile, row, column, width, 0, pairs, first),
+                    (true, true) => accumulate_tile::<4, 4>(tile, row, column, width, pairs, first),
+                    (true, false) => accumulate_tile::<1, 4>(tile, row, column, width, pairs, first),
+                    (false, true) => accumulate_tile::<4, 2>(tile, row, column, width, pairs, first),
+                    (false, false) => accumulate_tile::<1, 2>(tile, row, column, width, pairs, first),
                 }
                 row += if rows.1 - row >= 4 { 4 } else { 1 };
             }

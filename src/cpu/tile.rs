@@ -38,8 +38,13 @@ pub(super) struct Block {
     pub tokens_at: [[*const u8; BLOCK_TOKENS]; 2],
     /// Columns of each part; the second is 0 for a fused cache.
     pub columns: [usize; 2],
-    /// Tokens of the block, 1..=64.
+    /// Tokens of the block, 1..=64; 0 where there is none.
     pub tokens: usize,
+}
+
+impl Block {
+    /// No block.
+    pub const NONE: Block = Block { tokens_at: [[std::ptr::null(); BLOCK_TOKENS]; 2], columns: [0; 2], tokens: 0 };
 }
 
 /// The scratch memory of a worker, and the shape of its tile. All pointers are aligned to 64 bytes.
@@ -203,8 +208,9 @@ pub(super) struct Kernels {
     pub scores: unsafe fn(&Tile, &Block),
     /// `scale` is softmax_scale * log2(e). With `masked`, row r sees `limit[r]` tokens.
     pub softmax: unsafe fn(&Tile, tokens: usize, scale: f32, masked: bool),
-    /// Rows `rows.0..rows.1`, the block's first `tokens` tokens. With `first`, O and alpha count as 0.
-    pub accumulate: unsafe fn(&Tile, rows: (usize, usize), tokens: usize, first: bool),
+    /// Rows `rows.0..rows.1`, the block's first `tokens` tokens. With `first`, O and alpha count as 0. May prefetch the
+    /// tokens of `next`, the block that comes after this one; it has 0 tokens after the last.
+    pub accumulate: unsafe fn(&Tile, rows: (usize, usize), tokens: usize, first: bool, next: &Block),
     /// Writes row `row` of O, times `factor`, to [`Tile::row`].
     pub read_row: unsafe fn(&Tile, row: usize, factor: f32),
 }
