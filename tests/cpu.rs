@@ -267,16 +267,14 @@ fn odd_shapes() {
             for page_size in [1, 3, 64, 100] {
                 let split = (h_q + head_dim_k + page_size) % 2 == 0;
                 let lengths = vec![131, 0, 7];
-                check_all_types(&Case {
-                    h_q,
-                    h_kv,
-                    head_dim_k,
-                    head_dim_v,
-                    page_size,
-                    split,
-                    lengths,
-                    ..Case::default()
-                });
+                let case = Case { h_q, h_kv, head_dim_k, head_dim_v, page_size, split, lengths, ..Case::default() };
+                // Each shape with bf16, which has kernels of its own, and with one of the others.
+                check::<bf16>(&case, 1);
+                if (h_kv + page_size) % 2 == 0 {
+                    check::<f16>(&case, 2);
+                } else {
+                    check::<f32>(&case, 3);
+                }
             }
         }
     }
@@ -313,7 +311,7 @@ fn masked_keys_are_not_multiplied() {
 #[test]
 fn same_bits_for_any_number_of_threads() {
     for policy in [SplitPolicy::default(), SplitPolicy::BATCH_INVARIANT] {
-        let case = Case { lengths: vec![3000, 100, 0, 5000], h_q: 150, policy, ..Case::default() };
+        let case = Case { lengths: vec![1500, 100, 0, 1100], h_q: 150, policy, ..Case::default() };
         let data = Data::<bf16>::new(&case, 4);
         for isa in Isa::available() {
             let results = [1, 2, 3, 8].map(|threads| {
