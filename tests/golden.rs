@@ -2,21 +2,22 @@
 
 use std::path::Path;
 
-use polymla::conformance::{LAYOUTS, POLICIES, check, golden, open_all};
+use polymla::conformance::{LAYOUTS, POLICIES, check, golden};
+
+mod common;
 
 #[test]
 fn golden_files() {
     let files = golden::list(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")).unwrap();
     assert!(files.len() >= 14, "{} golden files found", files.len());
-    let backends = open_all().unwrap();
+    let backends = common::backends();
     let mut failures = Vec::new();
     let mut checked = 0;
     for file in &files {
         let call = golden::load(file).unwrap();
         assert!(call.expected.is_some(), "{}: no expected values", call.name);
         for backend in &backends {
-            if let Err(refusal) = backend.supports(&call.problem) {
-                eprintln!("SKIP {}: {refusal}", call.name);
+            if !common::takes(backend.as_ref(), &call.problem) {
                 continue;
             }
             for layout in LAYOUTS {
@@ -24,11 +25,14 @@ fn golden_files() {
                     let outcome = check(backend.as_ref(), &call, layout, policy);
                     checked += 1;
                     if !outcome.passed() {
-                        failures.push(format!("{} {layout} {policy:?}: {}", call.name, outcome.failure()));
+                        let device = &backend.info().device_name;
+                        let what = format!("{} on {} {device}", call.name, outcome.backend);
+                        failures.push(format!("{what}, {layout} {policy:?}: {}", outcome.failure()));
                     }
                 }
             }
         }
     }
+    println!("{checked} checks of {} files on {} backends", files.len(), backends.len());
     assert!(failures.is_empty(), "{} of {checked} failed:\n{}", failures.len(), failures.join("\n"));
 }

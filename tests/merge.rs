@@ -159,7 +159,7 @@ fn attention_refuses() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Attention over all keys is the merged attention over any cut of them.
     #[test]

@@ -1,9 +1,12 @@
 //! Random problems against the f64 reference, and what must hold bit for bit.
 
 use polymla::conformance::random::{Limits, random_call, random_options};
-use polymla::conformance::{Call, HostTensor, Layout, check_with, open_all};
+use polymla::conformance::{Call, HostTensor, Layout, check_with};
 use polymla::{DType, HostBackend, Mask, Problem, ScheduleOptions, SplitPolicy};
 use proptest::prelude::*;
+
+mod common;
+use common::{backends, takes};
 
 /// Limits that proptest can shrink: with the same seed, smaller limits make a smaller problem.
 fn limits() -> impl Strategy<Value = Limits> {
@@ -20,19 +23,30 @@ fn limits() -> impl Strategy<Value = Limits> {
     })
 }
 
+/// Failures are not stored: the message names the seed and the limits, which make the problem again.
+fn cases(n: u32) -> ProptestConfig {
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(n) }
+}
+
 fn agree(backend: &dyn HostBackend, call: &Call, options: &ScheduleOptions) -> Result<(), TestCaseError> {
     let outcome = check_with(backend, call, Layout::Given, options);
-    prop_assert!(outcome.passed(), "{} on {}, {options:?}: {}", call.name, outcome.backend, outcome.failure());
+    prop_assert!(
+        outcome.passed(),
+        "{} on {}, {options:?}: {}",
+        call.name,
+        backend.info().device_name,
+        outcome.failure()
+    );
     Ok(())
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(cases(400))]
 
     #[test]
     fn backends_agree_with_the_reference(seed in any::<u64>().no_shrink(), limits in limits()) {
         let call = random_call(seed, &limits).unwrap();
-        for backend in open_all().unwrap().iter().filter(|b| b.supports(&call.problem).is_ok()) {
+        for backend in backends().iter().filter(|b| takes(b.as_ref(), &call.problem)) {
             agree(backend.as_ref(), &call, &random_options(seed))?;
         }
     }
@@ -40,13 +54,13 @@ proptest! {
 
 proptest! {
     // DeepSeek's head sizes, which backends have kernels of their own for; long enough for many splits.
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(cases(40))]
 
     #[test]
     fn backends_agree_at_deepseek_sizes(seed in any::<u64>().no_shrink(), b in 0..=6usize, tokens in 1..=5000usize) {
         let limits = Limits { max_b: b, max_tokens: tokens, max_work: 20_000_000, ..Limits::deepseek() };
         let call = random_call(seed, &limits).unwrap();
-        for backend in open_all().unwrap().iter().filter(|b| b.supports(&call.problem).is_ok()) {
+        for backend in backends().iter().filter(|b| takes(b.as_ref(), &call.problem)) {
             agree(backend.as_ref(), &call, &random_options(seed))?;
         }
     }
@@ -92,7 +106,7 @@ fn alone(call: &Call, i: usize) -> Call {
 #[test]
 fn batch_invariant_rows_have_the_same_bits_in_every_batch() {
     let mut compared = 0;
-    for backend in open_all().unwrap() {
+    for backend in backends() {
         for seed in 0..60 {
             let limits = if seed % 4 == 0 {
                 Limits { max_work: 3_000_000, ..Limits::deepseek() }
@@ -100,7 +114,7 @@ fn batch_invariant_rows_have_the_same_bits_in_every_batch() {
                 Limits { max_work: 500_000, ..Limits::any() }
             };
             let call = random_call(seed, &limits).unwrap().with_layout(Layout::Fused).unwrap();
-            if backend.supports(&call.problem).is_err() {
+            if !takes(backend.as_ref(), &call.problem) {
                 continue;
             }
             let policy = SplitPolicy::BatchInvariant { split_blocks: 1 + seed as u32 % 4 };
@@ -120,10 +134,10 @@ fn batch_invariant_rows_have_the_same_bits_in_every_batch() {
 
 #[test]
 fn runs_repeat_bit_for_bit() {
-    for backend in open_all().unwrap() {
+    for backend in backends() {
         for seed in 0..30 {
             let call = random_call(seed, &Limits { max_work: 500_000, ..Limits::any() }).unwrap();
-            if backend.supports(&call.problem).is_ok() {
+            if takes(backend.as_ref(), &call.problem) {
                 let options = random_options(seed);
                 let first = results(backend.as_ref(), &call, &options);
                 assert_eq!(first, results(backend.as_ref(), &call, &options), "{}", call.name);
@@ -134,11 +148,11 @@ fn runs_repeat_bit_for_bit() {
 
 #[test]
 fn causal_is_the_visible_lengths_it_stands_for() {
-    for backend in open_all().unwrap() {
+    for backend in backends() {
         let mut seen = 0;
         for seed in 0..60 {
             let call = random_call(seed, &Limits { max_work: 200_000, ..Limits::any() }).unwrap();
-            if call.problem.mask() != Mask::Causal || backend.supports(&call.problem).is_err() {
+            if call.problem.mask() != Mask::Causal || !takes(backend.as_ref(), &call.problem) {
                 continue;
             }
             let call = call.with_layout(Layout::Fused).unwrap();
@@ -164,7 +178,7 @@ fn causal_is_the_visible_lengths_it_stands_for() {
             let visible = HostTensor::from_i32("visible_lengths", &shape, &visible).unwrap();
             other.tensors.push(("visible_lengths", visible));
             let options = random_options(seed);
-            if backend.supports(&other.problem).is_ok() {
+            if takes(backend.as_ref(), &other.problem) {
                 seen += 1;
                 let (a, b) = (results(backend.as_ref(), &call, &options), results(backend.as_ref(), &other, &options));
                 assert!(a == b, "{}", call.name);

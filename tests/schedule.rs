@@ -136,7 +136,7 @@ fn policy() -> impl Strategy<Value = SplitPolicy> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_block_is_covered_once(lengths in batch(), parts in prop_oneof![1..=3usize, 1..=200usize, 1..=5000usize], policy in policy()) {

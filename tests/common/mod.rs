@@ -1,0 +1,26 @@
+//! What several test files share.
+
+use polymla::conformance::open_all;
+use polymla::cpu::{CpuBackend, Isa};
+use polymla::{HostBackend, Problem};
+
+/// Every backend of this build, and the CPU backend once more with every instruction set this machine has.
+pub fn backends() -> Vec<Box<dyn HostBackend>> {
+    let mut backends = open_all().unwrap();
+    for isa in Isa::available() {
+        backends.push(Box::new(CpuBackend::with_isa(isa).unwrap()));
+    }
+    backends
+}
+
+/// Whether to run a problem on a backend. The CPU backend takes everything; others may refuse, aloud.
+pub fn takes(backend: &dyn HostBackend, problem: &Problem) -> bool {
+    match backend.supports(problem) {
+        Ok(()) => true,
+        Err(refusal) => {
+            assert_ne!(backend.info().name, "cpu", "{refusal}");
+            eprintln!("SKIP {problem}: {refusal}");
+            false
+        }
+    }
+}
