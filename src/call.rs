@@ -181,14 +181,10 @@ impl<'a> Inputs<'a> {
     /// [`MlaError::NegativeLength`], [`MlaError::LengthBeyondTable`], [`MlaError::VisibleLength`],
     /// [`MlaError::BlockTableEntry`]; the first bad request is named.
     pub fn check_host_tables(&self, problem: &Problem) -> Result<()> {
-        let lengths = self.host_seqlens()?;
+        let lengths = self.check_host_lengths(problem)?;
         let table = self.block_table.host_ptr::<i32>("block_table")?;
         for (request, value) in lengths.into_iter().enumerate() {
-            let len = u64::try_from(value).map_err(|_| MlaError::NegativeLength { request, value })?;
-            let limit = problem.max_tokens_per_seq();
-            if len > limit {
-                return Err(MlaError::LengthBeyondTable { request, value, limit });
-            }
+            let len = value as usize;
             if let Some(visible) = &self.visible_lengths {
                 for row in 0..problem.s_q() {
                     let v = visible.get::<i32>(&[request, row]).unwrap_or(0);
@@ -198,7 +194,7 @@ impl<'a> Inputs<'a> {
                 }
             }
             let row = request * self.block_table.strides()[0];
-            for position in 0..(len as usize).div_ceil(problem.page_size()) {
+            for position in 0..len.div_ceil(problem.page_size()) {
                 // SAFETY: position < max_pages_per_seq by the length check, and the view's shape was checked.
                 let entry = unsafe { table.add(row + position).read() };
                 if usize::try_from(entry).map_or(true, |page| page >= problem.num_pages()) {
@@ -208,6 +204,23 @@ impl<'a> Inputs<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The lengths of host tensors, each at least 0 and no more than its row of the block table can hold. A schedule
+    /// made without this check could ask for a workspace of any size.
+    ///
+    /// # Errors
+    /// [`MlaError::NegativeLength`], [`MlaError::LengthBeyondTable`]; those of [`host_seqlens`](Self::host_seqlens).
+    pub fn check_host_lengths(&self, problem: &Problem) -> Result<Vec<i32>> {
+        let lengths = self.host_seqlens()?;
+        let limit = problem.max_tokens_per_seq();
+        for (request, value) in lengths.iter().copied().enumerate() {
+            let len = u64::try_from(value).map_err(|_| MlaError::NegativeLength { request, value })?;
+            if len > limit {
+                return Err(MlaError::LengthBeyondTable { request, value, limit });
+            }
+        }
+        Ok(lengths)
     }
 
     /// The lengths of host tensors.

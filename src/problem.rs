@@ -215,13 +215,11 @@ impl ProblemBuilder {
 const BYTES: usize = isize::MAX as usize;
 
 fn checked_product(param: &'static str, limit: u64, factors: &[usize]) -> Result<u64> {
-    // A zero anywhere makes the product 0, whatever the others are; multiplying in order would overflow before it.
-    if factors.contains(&0) {
-        return Ok(0);
-    }
+    // A zero counts as one: with an empty batch the product of the other factors must still not wrap, since later code
+    // multiplies some of them without the zero.
     factors
         .iter()
-        .try_fold(1u64, |product, f| product.checked_mul(*f as u64))
+        .try_fold(1u64, |product, f| product.checked_mul((*f).max(1) as u64))
         .filter(|product| *product <= limit)
         .ok_or_else(|| MlaError::Overflow {
             param,

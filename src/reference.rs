@@ -16,7 +16,7 @@ use crate::tensor::{DType, Device, TensorView};
 ///
 /// Query head h reads KV head h / (h_q / h_kv). Returns `out` [s_q, h_q, d_v] and `lse` [h_q, s_q], the natural
 /// logarithm of the softmax's denominator. A row that sees no key has out 0 and lse +infinity, as upstream returns it.
-/// Keys that a row does not see are not read, so they may be NaN.
+/// Keys that a row does not see do not count, so they may be NaN.
 ///
 /// # Errors
 /// [`MlaError::Rank`], [`MlaError::Shape`], [`MlaError::HeadGroups`], [`MlaError::SoftmaxScale`],
@@ -63,33 +63,45 @@ pub fn scaled_dot_product_attention(
             return Err(MlaError::VisibleLength { request: 0, row, value, limit: s_k as i32 });
         }
     }
-    let at = |t: &TensorView<'_>, index: [usize; 3]| t.get_f64(&index).unwrap_or(f64::NAN);
+    let (q, k, v) = (elements(q), elements(k), elements(v));
     let group = h_q / h_kv;
     let mut out = vec![0.0; s_q * h_q * d_v];
     let mut lse = vec![f64::INFINITY; h_q * s_q];
     for j in 0..s_q {
         for h in 0..h_q {
-            let keys = 0..visible[j];
-            if keys.is_empty() {
+            if visible[j] == 0 {
                 continue;
             }
+            let q_row = &q[(j * h_q + h) * d_k..][..d_k];
             let score = |t: usize| -> f64 {
-                (0..d_k).map(|d| at(q, [j, h, d]) * at(k, [t, h / group, d])).sum::<f64>() * f64::from(softmax_scale)
+                let k_row = &k[(t * h_kv + h / group) * d_k..][..d_k];
+                q_row.iter().zip(k_row).map(|(a, b)| a * b).sum::<f64>() * f64::from(softmax_scale)
             };
-            let scores: Vec<f64> = keys.map(score).collect();
+            let scores: Vec<f64> = (0..visible[j]).map(score).collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
             let row = &mut out[(j * h_q + h) * d_v..][..d_v];
             for (t, s) in scores.iter().enumerate() {
                 let p = (s - max).exp() / sum;
-                for (d, o) in row.iter_mut().enumerate() {
-                    *o += p * at(v, [t, h / group, d]);
-                }
+                let v_row = &v[(t * h_kv + h / group) * d_v..][..d_v];
+                row.iter_mut().zip(v_row).for_each(|(o, x)| *o += p * x);
             }
             lse[h * s_q + j] = max + sum.ln();
         }
     }
     Ok((out, lse))
+}
+
+/// Every element of a tensor of three dimensions, row-major.
+fn elements(t: &TensorView<'_>) -> Vec<f64> {
+    let [x, y, z] = [t.shape()[0], t.shape()[1], t.shape()[2]];
+    let mut values = Vec::with_capacity(x * y * z);
+    for i in 0..x {
+        for j in 0..y {
+            values.extend((0..z).map(|d| t.get_f64(&[i, j, d]).unwrap_or(f64::NAN)));
+        }
+    }
+    values
 }
 
 /// The reference over a paged cache: gathers each request's pages and calls [`scaled_dot_product_attention`].

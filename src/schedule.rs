@@ -14,6 +14,9 @@ pub const DEFAULT_OVERHEAD_BLOCKS: u32 = 5;
 /// Split size of the batch-invariant mode where the caller names none, in blocks (1024 tokens).
 pub const DEFAULT_INVARIANT_BLOCKS: u32 = 16;
 
+/// Most parts a schedule may have: far beyond any device, and 32 MiB of metadata.
+pub const MAX_SM_PARTS: usize = 1 << 20;
+
 /// How requests are cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SplitPolicy {
@@ -110,12 +113,12 @@ pub fn num_sm_parts(num_sms: usize, problem: &Problem) -> usize {
 /// Plans a batch: lengths to [`Schedule`], `num_sm_parts` parts.
 ///
 /// # Errors
-/// [`MlaError::NegativeLength`]; [`MlaError::Parameter`] for 0 parts or a split size of 0; [`MlaError::Overflow`] where
-/// the blocks of the batch do not fit the layout's i32.
+/// [`MlaError::NegativeLength`]; [`MlaError::Parameter`] for 0 parts, more than [`MAX_SM_PARTS`], or a split size of 0;
+/// [`MlaError::Overflow`] where the blocks of the batch do not fit the layout's i32.
 pub fn get_mla_metadata(cache_seqlens: &[i32], num_sm_parts: usize, policy: SplitPolicy) -> Result<Schedule> {
-    if num_sm_parts == 0 || num_sm_parts > i32::MAX as usize {
+    if num_sm_parts == 0 || num_sm_parts > MAX_SM_PARTS {
         let value = i64::try_from(num_sm_parts).unwrap_or(i64::MAX);
-        return Err(MlaError::Parameter { param: "num_sm_parts", value, limit: "1..=2147483647" });
+        return Err(MlaError::Parameter { param: "num_sm_parts", value, limit: "1..=1048576" });
     }
     let mut blocks = Vec::with_capacity(cache_seqlens.len());
     for (request, len) in cache_seqlens.iter().enumerate() {

@@ -159,8 +159,14 @@ fn length_negative() {
 fn length_beyond_the_table() {
     for value in [(PAGE * COLUMNS) as i32 + 1, i32::MAX] {
         let limit = (PAGE * COLUMNS) as u64;
-        let error = refused(&lengths([40, 0, value]));
-        assert_eq!(error, MlaError::LengthBeyondTable { request: 2, value, limit });
+        let call = lengths([40, 0, value]);
+        let error = MlaError::LengthBeyondTable { request: 2, value, limit };
+        assert_eq!(refused(&call), error);
+        // By the schedule too, which would make a workspace for it.
+        let backend = CpuBackend::new().unwrap();
+        let inputs = call.inputs().unwrap();
+        let schedule = MlaBackend::schedule(&backend, &call.problem, &Default::default(), &inputs, ());
+        assert_eq!(schedule.unwrap_err(), error);
     }
 }
 
@@ -439,6 +445,9 @@ fn sizes_whose_product_overflows() {
         ("tokens a request", builder().num_pages(0).page_size(1 << 40).max_pages_per_seq(1 << 40)),
         ("block_table elements", builder().max_pages_per_seq(usize::MAX)),
         ("num_pages", builder().num_pages(1 << 31)),
+        // An empty batch or cache makes no product smaller.
+        ("q elements", Problem::builder(0).s_q(1 << 40).h_q(1 << 40)),
+        ("k_cache elements", builder().num_pages(0).page_size(1 << 40).h_kv(4).h_q(4).head_dim_k(1 << 40)),
         ("b", Problem::builder(1 << 31).h_q(1).head_dim_k(1).head_dim_v(1)),
     ] {
         match problem.build().unwrap_err() {

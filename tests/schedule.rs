@@ -176,8 +176,11 @@ fn bad_arguments() {
     let balanced = SplitPolicy::default();
     let error = get_mla_metadata(&[5, -3], 4, balanced).unwrap_err();
     assert_eq!(error, MlaError::NegativeLength { request: 1, value: -3 });
-    let error = get_mla_metadata(&[5], 0, balanced).unwrap_err();
-    assert_eq!(error, MlaError::Parameter { param: "num_sm_parts", value: 0, limit: "1..=2147483647" });
+    for (parts, value) in [(0, 0), (1 << 20 | 1, 1_048_577), (usize::MAX, i64::MAX)] {
+        let error = get_mla_metadata(&[5], parts, balanced).unwrap_err();
+        assert_eq!(error, MlaError::Parameter { param: "num_sm_parts", value, limit: "1..=1048576" });
+    }
+    get_mla_metadata(&[5], 1 << 20, balanced).unwrap();
     let error = get_mla_metadata(&[5], 4, SplitPolicy::BatchInvariant { split_blocks: 0 }).unwrap_err();
     assert_eq!(error, MlaError::Parameter { param: "split_blocks", value: 0, limit: "1..=2147483647" });
     // 100 x 33,554,432 blocks of 64 do not fit 31 bits.

@@ -179,7 +179,7 @@ impl MlaBackend for CpuBackend {
 
     fn schedule(&self, problem: &Problem, options: &ScheduleOptions, inputs: &Inputs<'_>, _: ()) -> Result<Schedule> {
         inputs.validate(problem, Device::Host)?;
-        let lengths = inputs.host_seqlens()?;
+        let lengths = inputs.check_host_lengths(problem)?;
         let parts = options.num_sm_parts.unwrap_or_else(|| Self::default_parts(&lengths));
         get_mla_metadata(&lengths, parts, options.policy)
     }
