@@ -20,7 +20,7 @@ struct alignas(64) TensorMap {
 };
 
 // One row of tile_scheduler_metadata, upstream's layout. A part is what one CTA
-// (or one cluster) per M tile works through: requests begin_req..=end_req, from
+// per M tile works through: requests begin_req..=end_req, from
 // block begin_block of the first to block end_block (exclusive) of the last.
 // Blocks are 64 tokens. A part without work has begin_req >= b.
 struct alignas(32) PartMeta {

@@ -93,7 +93,7 @@ PM_DEV void mbar_wait(u32 bar, u32 parity) {
     }
 }
 
-// ---- proxies, named barriers, clusters, launch control ----------------------
+// ---- proxies, named barriers, launch control ----------------------
 
 // Orders this thread's ordinary shared-memory writes before later reads by wgmma or TMA.
 PM_DEV void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -124,12 +124,16 @@ PM_DEV void tma_prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// What createpolicy.fractional.L2::evict_first with fraction 1.0 returns: KV is read once or,
+// by the M tiles of one request, at about the same time.
+constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
+
 // Loads one box at (col, token, head, page) of the 4-D kpe map.
 PM_DEV void tma_load_rope(u32 dst, const TensorMap* map, u32 bar, int token, int head, int page) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(head), "r"(page)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(head), "r"(page), "l"(EVICT_FIRST)
         : "memory");
 }
 
@@ -143,9 +147,9 @@ PM_DEV void tma_prefetch_rope(const TensorMap* map, int token, int head, int pag
 // Loads one box at (0, token, 64-column group, head, page) of the 5-D ckv map.
 PM_DEV void tma_load_ckv(u32 dst, const TensorMap* map, u32 bar, int token, int group, int head, int page) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(group), "r"(head), "r"(page)
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(group), "r"(head), "r"(page), "l"(EVICT_FIRST)
         : "memory");
 }
 

@@ -5,7 +5,7 @@
 #include "../../backends/sm90/combine.cu"
 #include "../../backends/sm90/schedule.cu"
 
-#include <cstdlib>
+
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <cstdio>
@@ -51,7 +51,7 @@ int encode(TensorMap* map, const void* base, int f16, bool ckv, const DecodePara
                            f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, ckv ? 5 : 4,
                            const_cast<void*>(base), ckv ? dims5 : dims4, ckv ? strides5 : strides4, ckv ? box5 : box4, one,
                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CUtensorMapL2promotion(getenv("PM_PROMOTION") ? atoi(getenv("PM_PROMOTION")) : 3),
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r) fprintf(stderr, "cuTensorMapEncodeTiled: %d\n", int(r));
     return int(r);

@@ -46,7 +46,7 @@ def build(defines=(), tag=""):
 
 
 SMS = 132
-COST = dict(cost_segment=16, cost_split=8, cost_combine=16, min_split_blocks=1)
+COST = dict(cost_segment=48, cost_split=8, cost_combine=16, min_split_blocks=1)
 
 
 class Call:
@@ -338,7 +338,6 @@ def bench(libs, rows, variants):
         cells = []
         for vi, (name, li, kw) in enumerate(variants):
             kw = dict(kw)
-            os.environ["PM_PROMOTION"] = str(kw.pop("promotion", 3))
             c = Call(libs[li], q, kv, table, lens, causal=s_q > 1, **kw)
             c()
             us = time_call(c.run)
