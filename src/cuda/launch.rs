@@ -1,11 +1,8 @@
-//! Launching kernels: grid, cluster, programmatic dependent launch.
+//! Launching kernels, with programmatic dependent launch.
 
 use std::ffi::c_void;
 
-use cudarc::driver::sys::{
-    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1,
-    CUlaunchConfig,
-};
+use cudarc::driver::sys::{CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig};
 
 use super::kernels::Function;
 use super::stream::Stream;
@@ -16,14 +13,10 @@ use crate::error::{MlaError, Result};
 pub(crate) struct Launch {
     pub(crate) grid: [u32; 3],
     pub(crate) block: u32,
-    /// Blocks of a cluster along x; 1 is no cluster.
-    pub(crate) cluster: u32,
     /// Whether the kernel may start while the one before it on the stream still runs. It must then wait for that one
     /// itself (`griddepcontrol.wait`) before it reads what that one writes.
     pub(crate) programmatic: bool,
 }
-
-const ZERO: CUlaunchAttributeValue = CUlaunchAttributeValue { pad: [0; 64] };
 
 /// Largest grid along y and z on every device; along x it is 2^31 - 1.
 const MAX_GRID_YZ: u32 = 65_535;
@@ -50,21 +43,10 @@ impl Launch {
         if self.grid.contains(&0) {
             return Ok(());
         }
-        let mut attributes = [attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_IGNORE, ZERO); 2];
-        let mut count = 0;
-        if self.cluster > 1 {
-            let mut value = ZERO;
-            value.clusterDim = CUlaunchAttributeValue_union__bindgen_ty_1 { x: self.cluster, y: 1, z: 1 };
-            attributes[count] = attribute(CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, value);
-            count += 1;
-        }
-        if self.programmatic {
-            let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-            let mut value = ZERO;
-            value.programmaticStreamSerializationAllowed = 1;
-            attributes[count] = attribute(id, value);
-            count += 1;
-        }
+        let mut value = CUlaunchAttributeValue { pad: [0; 64] };
+        value.programmaticStreamSerializationAllowed = self.programmatic.into();
+        let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        let mut attributes = [CUlaunchAttribute { id, pad: [0; 4], value }];
         let config = CUlaunchConfig {
             gridDimX: self.grid[0],
             gridDimY: self.grid[1],
@@ -75,7 +57,7 @@ impl Launch {
             sharedMemBytes: function.shared_bytes(),
             hStream: stream.raw(),
             attrs: attributes.as_mut_ptr(),
-            numAttrs: count as u32,
+            numAttrs: attributes.len() as u32,
         };
         let context = function.context();
         let _current = context.enter()?;
@@ -89,8 +71,4 @@ impl Launch {
             )
         }
     }
-}
-
-fn attribute(id: CUlaunchAttributeID, value: CUlaunchAttributeValue) -> CUlaunchAttribute {
-    CUlaunchAttribute { id, pad: [0; 4], value }
 }

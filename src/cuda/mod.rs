@@ -6,7 +6,7 @@
 //! | `context.rs` | a device's context; makes it current for a call and restores what was current |
 //! | `memory.rs`, `stream.rs` | buffers, host words; borrowed streams, events, graphs |
 //! | `kernels.rs`, `nvrtc.rs` | from sources to functions, over [`crate::kernels`] |
-//! | `launch.rs` | launches with clusters and programmatic dependence |
+//! | `launch.rs` | launches, with programmatic dependence |
 //! | `sm90/` | the Hopper backend |
 
 mod context;

@@ -67,6 +67,8 @@ impl<'a> Placed<'a> {
                 shape[0] = count;
                 skip = (first * like.strides()[0] * like.dtype().size()) as u64;
             }
+            // A tensor of no columns has no bytes to skip.
+            let skip = skip.min(buffer.bytes() as u64);
             let (address, bytes) = (buffer.address() + skip, buffer.bytes() as u64 - skip);
             let device = MlaBackend::info(self.backend).device;
             // SAFETY: memory of a buffer that `self` keeps.

@@ -18,8 +18,13 @@ const TWO_GIGA: usize = 1 << 31;
 fn caches_beyond_four_gibibytes() {
     let Some(backend) = backend() else { return };
     for page_size in [64, 16, 48, 256] {
-        let limits = Limits { page_sizes: vec![page_size], dtypes: vec![DType::Bf16], ..Limits::deepseek() };
-        let long = |call: &Call| call.problem.b() > 1 && call.cache_seqlens().iter().any(|n| *n > 500);
+        let limits = Limits {
+            page_sizes: vec![page_size],
+            dtypes: vec![DType::Bf16],
+            max_work: 40_000_000,
+            ..Limits::deepseek()
+        };
+        let long = |call: &Call| call.problem.b() > 1 && call.cache_seqlens().iter().any(|n| *n > 200);
         let mut calls = (9000..).map(|seed| random_call(seed, &limits).expect("a valid problem"));
         let call = calls.find(long).expect("one of many seeds");
         let mut call = call.with_layout(Layout::Fused).expect("another layout");

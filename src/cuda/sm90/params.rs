@@ -49,7 +49,7 @@ pub(super) struct DecodeParams {
     pub(super) scale_log2: f32,
 }
 
-/// `FLAG_OUT_VEC16`: out is 16-byte aligned and its strides are multiples of 8 elements.
+/// `FLAG_OUT_VEC16`: out is 16-byte aligned and its innermost stride is 1 and the others are multiples of 8.
 pub(super) const FLAG_OUT_VEC16: i32 = 1;
 
 /// `polymla::ScheduleParams`.

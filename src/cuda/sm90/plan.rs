@@ -191,7 +191,7 @@ impl Sm90Schedule {
             fixed_split_blocks: self.fixed_split_blocks(),
             ..self.costs()
         };
-        let launch = Launch { grid: [1; 3], block: SCHEDULE_THREADS, cluster: 1, programmatic: true };
+        let launch = Launch { grid: [1; 3], block: SCHEDULE_THREADS, programmatic: true };
         // SAFETY: the kernel's one parameter. It reads b lengths, which the view vouches for, and writes the three
         // arrays of this schedule, which have room for `capacity` >= b requests.
         unsafe { launch.enqueue(kernel, stream, &mut [(&raw mut params).cast::<c_void>()])? };

@@ -90,8 +90,8 @@ fn rows_apart(
     Ok([first, rope])
 }
 
-fn signed(strides: &[usize]) -> [i64; 3] {
-    [strides[0] as i64, strides[1] as i64, strides[2] as i64]
+fn signed<const N: usize>(strides: &[usize]) -> [i64; N] {
+    std::array::from_fn(|dim| strides[dim] as i64)
 }
 
 impl Sm90Backend {
@@ -115,6 +115,7 @@ impl Sm90Backend {
             return Ok(());
         }
 
+        let _current = self.context.enter()?;
         let variant = Variant::of(problem);
         let mut maps = [TensorMap(CUtensorMap { opaque: [0; 16] }); 2];
         // Without pages nothing is ever loaded, and a map of no pages would be refused.
@@ -127,26 +128,25 @@ impl Sm90Backend {
                 shape: shape(problem.head_dim_v()),
                 strides: unsigned(params.ckv_strides),
             };
-            maps[0] = ckv.map(driver, problem.dtype())?;
+            maps[0] = ckv.latent_map(driver, problem.dtype())?;
             if problem.rope() > 0 {
                 let kpe = CachePart {
                     address: params.kpe,
                     shape: shape(problem.rope()),
                     strides: unsigned(params.kpe_strides),
                 };
-                maps[1] = kpe.map(driver, problem.dtype())?;
+                maps[1] = kpe.rope_map(driver, problem.dtype())?;
             }
         }
         let (decode, combine) = (self.decode(variant)?, self.combine(problem)?);
         let (tiles, heads) = (params.m_tiles as u32, params.h_kv as u32);
-        let cluster = if variant.form == Form::TmaPair { 2 } else { 1 };
         let combine_blocks = COMBINE_BLOCKS_PER_SM * self.context.facts().multiprocessors;
         let [ckv, kpe] = &mut maps;
-        let shape = |grid, block, cluster| Launch { grid, block, cluster, programmatic: true };
+        let shape = |grid, block| Launch { grid, block, programmatic: true };
         // SAFETY: the kernels' parameters, in order. What their addresses name is vouched for by the views, checked
         // against the problem above, by the schedule and by the workspace, checked for its size.
         unsafe {
-            shape([tiles, heads, params.num_parts as u32], DECODE_THREADS, cluster).enqueue(
+            shape([tiles, heads, params.num_parts as u32], DECODE_THREADS).enqueue(
                 decode,
                 stream,
                 &mut [
@@ -155,7 +155,7 @@ impl Sm90Backend {
                     std::ptr::from_mut(kpe).cast(),
                 ],
             )?;
-            shape([combine_blocks, 1, 1], COMBINE_THREADS, 1).enqueue(
+            shape([combine_blocks, 1, 1], COMBINE_THREADS).enqueue(
                 combine,
                 stream,
                 &mut [(&raw mut params).cast::<c_void>()],
@@ -201,6 +201,10 @@ fn params(
         KvCache::Split { ckv, kpe } => rows_apart(problem, ("ckv", ckv), Some(("kpe", kpe.as_ref())))?,
     };
     let (out, lse) = (outputs.out.as_view(), outputs.lse.as_view());
+    if out.strides()[3] != 1 {
+        let value = format!("innermost stride {}", out.strides()[3]);
+        return Err(Unsupported { backend: NAME, param: "out", value, limit: "innermost stride 1".into() }.into());
+    }
     let (parts, num_splits, status) = schedule.addresses();
     let address = |view: &TensorView<'_>| view.address().unwrap_or(0);
     let aligned = address(&out).is_multiple_of(ROW_ALIGN)

@@ -12,10 +12,8 @@ pub(super) const TILE_M: usize = 64;
 /// How KV reaches shared memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Form {
-    /// TMA, one CTA an M tile.
+    /// TMA.
     Tma,
-    /// TMA, two CTAs of a cluster share the KV of two M tiles.
-    TmaPair,
     /// cp.async, for page sizes that neither divide a block nor are made of whole ones.
     Gather,
 }
@@ -35,38 +33,30 @@ pub(super) fn m_tiles(problem: &Problem) -> usize {
 
 impl Variant {
     /// How many there are.
-    pub(super) const COUNT: usize = 12;
+    pub(super) const COUNT: usize = 8;
 
     pub(super) fn of(problem: &Problem) -> Variant {
         let page = problem.page_size();
         // The swizzle repeats every 8 rows, so a box of fewer would have to begin in the middle of a pattern.
         let tma = page.is_multiple_of(BLOCK_TOKENS) || (page >= 8 && BLOCK_TOKENS.is_multiple_of(page));
-        let form = match (tma, m_tiles(problem).is_multiple_of(2)) {
-            (false, _) => Form::Gather,
-            (true, false) => Form::Tma,
-            (true, true) => Form::TmaPair,
-        };
+        let form = if tma { Form::Tma } else { Form::Gather };
         Variant { bf16: problem.dtype() == DType::Bf16, rope: problem.rope() > 0, form }
     }
 
     fn index(self) -> usize {
-        usize::from(!self.bf16) * 6 + usize::from(!self.rope) * 3 + self.form as usize
+        usize::from(!self.bf16) * 4 + usize::from(!self.rope) * 2 + self.form as usize
     }
 
-    /// The unit that holds it; the kernel's name is this with `polymla_` before it.
-    fn unit(self) -> &'static str {
+    /// The kernel's name, but for `polymla_` before it.
+    fn name(self) -> &'static str {
         const NAMES: [&str; Variant::COUNT] = [
             "decode_bf16_d576_tma",
-            "decode_bf16_d576_tma_x2",
             "decode_bf16_d576_gather",
             "decode_bf16_d512_tma",
-            "decode_bf16_d512_tma_x2",
             "decode_bf16_d512_gather",
             "decode_f16_d576_tma",
-            "decode_f16_d576_tma_x2",
             "decode_f16_d576_gather",
             "decode_f16_d512_tma",
-            "decode_f16_d512_tma_x2",
             "decode_f16_d512_gather",
         ];
         NAMES[self.index()]
@@ -79,7 +69,7 @@ pub(super) const DECODE_SHARED_BYTES: u32 = 232_448;
 impl Sm90Backend {
     /// Loads what a problem needs, compiling in parallel where it has to be compiled.
     pub(super) fn prepare(&self, problem: &Problem) -> Result<()> {
-        self.loader.modules(&["combine", Variant::of(problem).unit()])?;
+        self.loader.modules(&["combine", "decode"])?;
         self.decode(Variant::of(problem))?;
         self.combine(problem).map(drop)
     }
@@ -89,9 +79,8 @@ impl Sm90Backend {
         if let Some(function) = cell.get() {
             return Ok(function);
         }
-        let unit = variant.unit();
-        let module = self.loader.module(unit)?;
-        let function = Function::new(&module, &format!("polymla_{unit}"), DECODE_SHARED_BYTES)?;
+        let name = format!("polymla_{}", variant.name());
+        let function = Function::new(&self.loader.module("decode")?, &name, DECODE_SHARED_BYTES)?;
         Ok(cell.get_or_init(|| function))
     }
 
