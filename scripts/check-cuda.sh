@@ -9,8 +9,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=${POLYMLA_TOOLCHAINS:-$PWD/.cache}
-record=
-[ "${1:-}" = --record ] && record=1
+if [ "${1:-}" = --record ]; then
+    export POLYMLA_TEST_RECORD=1
+fi
 
 # install FOLDER MARKER WHEEL...: unless the marker file is there already
 install() {
@@ -40,7 +41,7 @@ echo "== the backend's host side and its kernels under every compiler"
 LD_LIBRARY_PATH=$cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
 POLYMLA_TEST_NVCC=$cu13/bin/nvcc \
 POLYMLA_TEST_NVRTC=$tools/nvrtc/12.3/nvidia/cuda_nvrtc/lib/libnvrtc.so.12:$tools/nvrtc/12.9/nvidia/cuda_nvrtc/lib/libnvrtc.so.12:$cu13/lib/libnvrtc.so.13 \
-POLYMLA_TEST_CUBINS=$cubins ${record:+POLYMLA_TEST_RECORD=1} \
+POLYMLA_TEST_CUBINS=$cubins \
 POLYMLA_NVCC=none \
     cargo test --features sm90 --test cuda -- --nocapture
 POLYMLA_NVCC=none cargo test --features sm90 --lib cuda
