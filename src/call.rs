@@ -41,7 +41,7 @@ pub struct Inputs<'a> {
     pub kv_cache: KvCache<'a>,
     /// [b, max_pages_per_seq] i32: the pages of each request, in order. Entries past its length may hold anything.
     pub block_table: TensorView<'a>,
-    /// [b] i32: tokens of each request; may be 0.
+    /// `[b]` i32: tokens of each request; may be 0.
     pub cache_seqlens: TensorView<'a>,
     /// [b, s_q] i32, with [`Mask::VisibleLengths`] only.
     pub visible_lengths: Option<TensorView<'a>>,

@@ -73,7 +73,7 @@ pub struct RepeatedInputs<'a> {
     pub k_cache: &'a [u8],
     /// [b, max_pages_per_seq].
     pub block_table: &'a [i32],
-    /// [b].
+    /// `[b]`.
     pub cache_seqlens: &'a [i32],
 }
 

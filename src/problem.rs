@@ -69,7 +69,7 @@ pub enum Mask {
 /// | q | [b, s_q, h_q, head_dim_k] |
 /// | k_cache | [num_pages, page_size, h_kv, head_dim_k]; V is its first head_dim_v columns |
 /// | block_table | [b, max_pages_per_seq] |
-/// | cache_seqlens | [b] |
+/// | cache_seqlens | `[b]` |
 /// | out | [b, s_q, h_q, head_dim_v] |
 /// | lse | [b, h_q, s_q], natural logarithm |
 #[derive(Debug, Clone, PartialEq)]

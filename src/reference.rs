@@ -167,7 +167,7 @@ pub fn decode(problem: &Problem, inputs: &Inputs<'_>) -> Result<(Vec<f64>, Vec<f
 ///
 /// A part whose lse is infinite, of either sign, has seen no key for that row and counts for nothing, whatever its
 /// `outs` holds: `run` marks such rows with +infinity, streaming kernels with -infinity. A row that no part saw a key
-/// for returns out 0 and lse +infinity. NaN stays NaN. Returns (`out` [rows, d_v], `lse` [rows]).
+/// for returns out 0 and lse +infinity. NaN stays NaN. Returns (`out` [rows, d_v], `lse` `[rows]`).
 ///
 /// The formula is that of FlashAttention's split-KV combine: lse = log(sum_i exp(lse_i)),
 /// out = sum_i exp(lse_i - lse) * out_i; computed in f64, parts in order.

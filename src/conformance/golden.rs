@@ -5,7 +5,7 @@
 //! | `q`, or `q_nope` and `q_pe` | [b, s_q, h_q, columns] | bf16, f16 or f32 |
 //! | `k_cache`, or `ckv` and `kpe` | [num_pages, page_size, h_kv, columns] | as q |
 //! | `block_table` | [b, max_pages_per_seq] | i32 |
-//! | `cache_seqlens` | [b] | i32 |
+//! | `cache_seqlens` | `[b]` | i32 |
 //! | `visible_lengths` | [b, s_q] | i32, optional |
 //! | `ref_out`, `ref_lse` | [b, s_q, h_q, head_dim_v], [b, h_q, s_q] | optional: the expected values |
 //!
