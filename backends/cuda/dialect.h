@@ -1,0 +1,127 @@
+// The CUDA dialect: nvcc and NVRTC, sm_75 and later, no toolkit header needed. sm_80 and later use mma.sync, ldmatrix and
+// cp.async (tile_mma.h); what is older, or built with POLYMLA_FMA, multiplies by plain FMA.
+//
+// backends/portable/common.h says what each of these names has to do.
+#pragma once
+
+#define PM_DEV __device__ __forceinline__
+#define PM_GLOBAL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+#define PM_SHARED_DYNAMIC(name) extern __shared__ __align__(128) char name[]
+#define PM_WARP 32
+
+#include "../portable/params.h"
+
+namespace polymla {
+
+PM_DEV int pm_thread() { return int(threadIdx.x); }
+PM_DEV int pm_block() { return int(blockIdx.x); }
+PM_DEV void pm_sync() { __syncthreads(); }
+PM_DEV float pm_shfl_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+PM_DEV void pm_atomic_min(int* at, int value) { atomicMin(at, value); }
+
+PM_DEV float pm_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+PM_DEV float pm_log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+PM_DEV float pm_f16_to_float(u16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+PM_DEV u16 pm_float_to_f16(float x) {
+    u16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+#if __CUDA_ARCH__ >= 800
+PM_DEV u32 pm_pack_bf16(float lo, float hi) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+
+PM_DEV u32 pm_shared(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// 16 bytes, or zeros where `valid` is false; then `src` is not read.
+PM_DEV void pm_copy16(char* dst, const void* src, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(pm_shared(dst)), "l"(src),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+PM_DEV void pm_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+PM_DEV void pm_copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+PM_DEV void pm_ldmatrix_x4(u32 (&r)[4], const char* at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(pm_shared(at))
+                 : "memory");
+}
+PM_DEV void pm_ldmatrix_x4_trans(u32 (&r)[4], const char* at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(pm_shared(at))
+                 : "memory");
+}
+
+struct Bf16;
+struct F16;
+
+// c[0..4] += a b, on one m16n8k16 instruction.
+template <class Elem>
+PM_DEV void pm_mma_16816(float* c, const u32 (&a)[4], const u32* b);
+template <>
+PM_DEV void pm_mma_16816<Bf16>(float* c, const u32 (&a)[4], const u32* b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+PM_DEV void pm_mma_16816<F16>(float* c, const u32 (&a)[4], const u32* b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#else
+PM_DEV u32 pm_round_bf16(float x) {
+    const u32 u = __float_as_uint(x);
+    return (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+}
+PM_DEV u32 pm_pack_bf16(float lo, float hi) { return pm_round_bf16(lo) | (pm_round_bf16(hi) << 16); }
+PM_DEV void pm_copy16(char* dst, const void* src, bool valid) {
+    *reinterpret_cast<uint4*>(dst) = valid ? *static_cast<const uint4*>(src) : make_uint4(0, 0, 0, 0);
+}
+PM_DEV void pm_copy_commit() {}
+template <int N>
+PM_DEV void pm_copy_wait() {}
+#endif
+
+// Programmatic dependent launch: no-ops where a kernel was launched without it.
+#if __CUDA_ARCH__ >= 900
+PM_DEV void pm_grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+PM_DEV void pm_grid_release() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+PM_DEV void pm_grid_wait() {}
+PM_DEV void pm_grid_release() {}
+#endif
+
+}  // namespace polymla
+
+#if __CUDA_ARCH__ >= 800 && !defined(POLYMLA_FMA)
+#include "../portable/tile_mma.h"
+#define PM_TILE MmaTile
+#else
+#include "../portable/tile_fma.h"
+#define PM_TILE FmaTile
+#endif

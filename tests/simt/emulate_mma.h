@@ -1,0 +1,88 @@
+// ldmatrix and mma.sync m16n8k16, lane by lane, by the register layouts that the PTX manual publishes, and asynchronous
+// copies. Nothing here knows how the kernel's tiles use them.
+#pragma once
+
+namespace polymla {
+
+PM_DEV void pm_copy16(char* dst, const void* src, bool valid) { simt::copy16(dst, src, valid); }
+PM_DEV void pm_copy_commit() { simt::copy_commit(); }
+template <int N>
+PM_DEV void pm_copy_wait() {
+    simt::copy_wait(N);
+}
+
+// Lane 8 i + r gives the address of row r of matrix i, 8 elements. Lane l receives of each matrix elements 2 (l % 4) and
+// the next of row l / 4, or of the transposed matrix's row l / 4.
+struct LdmatrixLane {
+    const char* row;
+    u32* r;
+    bool trans;
+};
+PM_DEV void ldmatrix(void** records) {
+    u16 rows[32][8];
+    for (int i = 0; i < 32; ++i) {
+        const char* at = static_cast<LdmatrixLane*>(records[i])->row;
+        if (reinterpret_cast<uintptr_t>(at) % 16 != 0) {
+            std::fprintf(stderr, "simt: ldmatrix row address is not a multiple of 16\n");
+            std::abort();
+        }
+        std::memcpy(rows[i], at, 16);
+    }
+    for (int l = 0; l < 32; ++l) {
+        const LdmatrixLane& lane = *static_cast<LdmatrixLane*>(records[l]);
+        for (int i = 0; i < 4; ++i) {
+            u16 pair[2];
+            for (int e = 0; e < 2; ++e) {
+                const int row = l / 4, col = 2 * (l % 4) + e;
+                pair[e] = lane.trans ? rows[8 * i + col][row] : rows[8 * i + row][col];
+            }
+            lane.r[i] = u32(pair[0]) | (u32(pair[1]) << 16);
+        }
+    }
+}
+PM_DEV void pm_ldmatrix_x4(u32 (&r)[4], const char* at) {
+    LdmatrixLane mine = {at, r, false};
+    simt::collective(32, ldmatrix, &mine, __FILE__, __LINE__);
+}
+PM_DEV void pm_ldmatrix_x4_trans(u32 (&r)[4], const char* at) {
+    LdmatrixLane mine = {at, r, true};
+    simt::collective(32, ldmatrix, &mine, __FILE__, __LINE__);
+}
+
+struct MmaLane {
+    float* c;
+    const u32* a;
+    const u32* b;
+};
+template <class Elem>
+PM_DEV void mma_16816(void** records) {
+    float a[16][16], b[16][8], c[16][8] = {};
+    for (int l = 0; l < 32; ++l) {
+        const MmaLane& lane = *static_cast<MmaLane*>(records[l]);
+        const int group = l >> 2, in_group = l & 3;
+        for (int i = 0; i < 8; ++i) {       // a0..a7
+            const int row = (i & 2) ? group + 8 : group;
+            const int col = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+            a[row][col] = widen<Elem>(u16(lane.a[i / 2] >> (16 * (i & 1))));
+        }
+        for (int i = 0; i < 4; ++i) {       // b0..b3
+            const int row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
+            b[row][group] = widen<Elem>(u16(lane.b[i / 2] >> (16 * (i & 1))));
+        }
+    }
+    for (int row = 0; row < 16; ++row)
+        for (int k = 0; k < 16; ++k)
+            for (int col = 0; col < 8; ++col) c[row][col] += a[row][k] * b[k][col];
+    for (int l = 0; l < 32; ++l) {
+        const MmaLane& lane = *static_cast<MmaLane*>(records[l]);
+        const int group = l >> 2, in_group = l & 3;
+        for (int i = 0; i < 4; ++i) lane.c[i] += c[i < 2 ? group : group + 8][in_group * 2 + (i & 1)];
+    }
+}
+template <class Elem>
+PM_DEV void pm_mma_16816(float* c, const u32 (&a)[4], const u32* b) {
+    MmaLane mine = {c, a, b};
+    simt::collective(32, mma_16816<Elem>, &mine, __FILE__, __LINE__);
+}
+
+}  // namespace polymla

@@ -1,0 +1,83 @@
+// One build of the portable kernels as a shared library that the test loads.
+#include "portable.cu"
+
+namespace {
+
+using polymla::DecodeParams;
+using polymla::ScheduleParams;
+
+template <void (*KERNEL)(const DecodeParams)>
+void decode_entry(const void* p) {
+    KERNEL(*static_cast<const DecodeParams*>(p));
+}
+void schedule_entry(const void* p) { polymla_schedule(*static_cast<const ScheduleParams*>(p)); }
+
+// What a barrier inside a divergent branch does: the test runs it in a child process and expects an abort.
+void divergent_entry(const void*) {
+    if (simt::thread() % 2 == 0) pm_sync();
+}
+void divergent_shuffle_entry(const void*) {
+    using namespace polymla;
+    if (simt::thread() % 32 != 3) (void)pm_shfl_xor(1.0f, 1);
+}
+// Threads that meet at two barriers of different places.
+void crossed_entry(const void*) {
+    if (simt::thread() < 32)
+        pm_sync();
+    else
+        pm_sync();
+}
+
+template <class C>
+constexpr unsigned total() {
+    return C::total;
+}
+
+struct Kernel {
+    const char* name;
+    void (*entry)(const void*);
+    unsigned shared_bytes;
+};
+
+#define DECODE(ELEM, DK, M)                                                                            \
+    {"polymla_decode_" #ELEM "_d" #DK "_m" #M, decode_entry<polymla_decode_##ELEM##_d##DK##_m##M>,     \
+     total<polymla::ClassConfig<DK, 512, M>::type>()},
+#if POLYMLA_SMEM_KIB >= 163
+#define DECODES(ELEM) DECODE(ELEM, 576, 16) DECODE(ELEM, 576, 32) DECODE(ELEM, 576, 64) \
+                      DECODE(ELEM, 512, 16) DECODE(ELEM, 512, 32) DECODE(ELEM, 512, 64)
+#elif POLYMLA_SMEM_KIB >= 99
+#define DECODES(ELEM) DECODE(ELEM, 576, 16) DECODE(ELEM, 576, 32) DECODE(ELEM, 512, 16) DECODE(ELEM, 512, 32)
+#else
+#define DECODES(ELEM) DECODE(ELEM, 576, 16) DECODE(ELEM, 512, 16)
+#endif
+#define ALL(ELEM)                                                                                                  \
+    DECODES(ELEM)                                                                                                  \
+    {"polymla_generic_" #ELEM, decode_entry<polymla_generic_##ELEM>, sizeof(polymla::GenericSmem)},                \
+    {"polymla_combine_" #ELEM, decode_entry<polymla_combine_##ELEM>, polymla::COMBINE_SMEM},
+
+const Kernel KERNELS[] = {
+    ALL(bf16) ALL(f16)
+    {"polymla_schedule", schedule_entry, polymla::SCHEDULE_SMEM},
+    {"divergent_barrier", divergent_entry, 0},
+    {"divergent_shuffle", divergent_shuffle_entry, 0},
+    {"crossed_barriers", crossed_entry, 0},
+};
+
+}  // namespace
+
+// Runs a kernel of 256 threads a block; 1 where there is none of that name.
+extern "C" int simt_launch(const char* name, unsigned grid, unsigned shared_bytes, const void* params, uint64_t seed) {
+    for (const Kernel& k : KERNELS)
+        if (std::strcmp(k.name, name) == 0) {
+            simt::launch({grid, 256, shared_bytes, seed, k.entry, params});
+            return 0;
+        }
+    return 1;
+}
+
+// Dynamic shared memory of a kernel, as the source computes it; the host's own formula is checked against this.
+extern "C" unsigned simt_shared_bytes(const char* name) {
+    for (const Kernel& k : KERNELS)
+        if (std::strcmp(k.name, name) == 0) return k.shared_bytes;
+    return 0;
+}

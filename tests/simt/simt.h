@@ -1,0 +1,42 @@
+// A block of GPU threads on one CPU thread: every GPU thread is a fiber, barriers and warp-wide instructions are the
+// points where fibers switch.
+//
+// What it is strict about, so that a kernel that passes here does not depend on luck:
+//   - a barrier that not all threads of the block reach, or that they reach at different places, aborts the process;
+//   - so does a warp-wide instruction that not all lanes of its group reach at the same place;
+//   - fibers run in a pseudo-random order, so that a missing barrier shows as a wrong result;
+//   - an asynchronous copy lands when it is waited for, never before, and its target is poison until then;
+//   - shared memory is exactly as large as asked for, starts as poison, and has a guard behind it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace simt {
+
+int thread();
+int block();
+char* shared();
+
+// All threads of the block.
+void barrier(const char* file, int line);
+
+// All `width` lanes of this thread's group of neighbours. The last one to arrive calls `op` with every lane's record.
+typedef void (*Op)(void** lanes);
+void collective(int width, Op op, void* mine, const char* file, int line);
+
+// 16 bytes from `src`, or zeros.
+void copy16(char* dst, const void* src, bool valid);
+void copy_commit();
+void copy_wait(int pending);
+
+struct Launch {
+    unsigned grid, threads, shared_bytes;
+    uint64_t seed;
+    void (*kernel)(const void* params);
+    const void* params;
+};
+// Runs every block; returns nothing but when all is well.
+void launch(const Launch& launch);
+
+}  // namespace simt
