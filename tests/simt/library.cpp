@@ -28,6 +28,14 @@ void crossed_entry(const void*) {
         pm_sync();
 }
 
+void overrun_entry(const void*) {
+    if (simt::thread() == 7) simt::shared()[3] = 1;     // launched with no shared memory
+}
+void unwaited_entry(const void*) {
+    static const char source[16] = {};
+    simt::copy16(simt::shared() + 256, source, true);   // the guard: the copy never lands, so nothing is written
+}
+
 template <class C>
 constexpr unsigned total() {
     return C::total;
@@ -61,6 +69,8 @@ const Kernel KERNELS[] = {
     {"divergent_barrier", divergent_entry, 0},
     {"divergent_shuffle", divergent_shuffle_entry, 0},
     {"crossed_barriers", crossed_entry, 0},
+    {"shared_overrun", overrun_entry, 0},
+    {"unwaited_copy", unwaited_entry, 0},
 };
 
 }  // namespace
