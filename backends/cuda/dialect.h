@@ -9,7 +9,7 @@
 #define PM_SHARED_DYNAMIC(name) extern __shared__ __align__(128) char name[]
 #define PM_WARP 32
 
-#include "../portable/params.h"
+#include "params.h"
 
 namespace polymla {
 
@@ -119,9 +119,9 @@ PM_DEV void pm_grid_release() {}
 }  // namespace polymla
 
 #if __CUDA_ARCH__ >= 800 && !defined(POLYMLA_FMA)
-#include "../portable/tile_mma.h"
+#include "tile_mma.h"
 #define PM_TILE MmaTile
 #else
-#include "../portable/tile_fma.h"
+#include "tile_fma.h"
 #define PM_TILE FmaTile
 #endif

@@ -12,7 +12,7 @@
 #define PM_SHARED_DYNAMIC(name) extern __attribute__((shared)) __attribute__((aligned(128))) char name[]
 #define PM_WARP 64
 
-#include "../portable/params.h"
+#include "params.h"
 
 namespace polymla {
 
@@ -89,7 +89,7 @@ PM_DEV void pm_grid_release() {}
 #endif
 
 #if defined(PM_HAS_MFMA) || defined(POLYMLA_MMAC)
-#include "../portable/common.h"
+#include "common.h"
 
 namespace polymla {
 
@@ -136,9 +136,9 @@ PM_DEV void pm_mfma_16x16x16<F16>(float (&c)[4], const Words2& a, const Words2& 
 
 }  // namespace polymla
 
-#include "../portable/tile_mfma.h"
+#include "tile_mfma.h"
 #define PM_TILE MfmaTile
 #else
-#include "../portable/tile_fma.h"
+#include "tile_fma.h"
 #define PM_TILE FmaTile
 #endif

@@ -93,12 +93,12 @@ PM_DEV void report(int* status, int req) {
     if (status) pm_atomic_min(status, req);
 }
 
-// Walks part `part` as Schedule::splits_of does. Every thread of a block walks alike.
+// Walks a part as Schedule::splits_of does.
 struct SegmentWalk {
     const PartMeta* part;       // read again for every segment: registers are dearer
     int req, next_begin, next_split;
 
-    PM_DEV SegmentWalk(const DecodeParams& p, int index) {
+    PM_DEV void begin(const DecodeParams& p, int index) {
         part = p.parts + index;
         req = part->begin_req < 0 ? p.b : part->begin_req;
         next_begin = part->begin_block;

@@ -41,6 +41,8 @@ struct Config {
     static constexpr int KS = DECODE_WARPS / TILES >= 4 ? 4 : DECODE_WARPS / TILES;
     static constexpr int QK_WARPS = TILES * KS;
     static constexpr int K_STEPS = Q_COLS / 16 / KS; // of one warp, in one piece of Q
+    // Unrolled in halves: in one piece, ptxas moves so many loads ahead that the 64-row tile spills.
+    static constexpr int K_UNROLL = K_STEPS > 9 ? K_STEPS / 2 : K_STEPS;
     static_assert(KS >= 1 && Q_COLS / 16 % KS == 0, "the columns divide among warps");
 
     // P V: every warp has all M rows of GROUPS x 64 columns.
@@ -68,7 +70,8 @@ struct Config {
     static constexpr int factor = p + M * N * 2;    // f32 [M]: what O is multiplied by before P V is added; at the end 1 / l
     static constexpr int limit = factor + M * 4;    // i32 [M]: keys a row sees; -1 invalid, -2 no such row
     static constexpr int bad = limit + M * 4;       // i32: an invalid table entry was met
-    static constexpr int s = bad + 16;
+    static constexpr int state = bad + 16;          // the walk over the part, and its current segment
+    static constexpr int s = state + 64;
     static constexpr int total = s + (S_OVERLAY ? 0 : S_BYTES);
     static_assert(!S_OVERLAY || S_BYTES <= STAGE_BYTES / 2, "the scores fit the late half");
     static_assert(total <= POLYMLA_SMEM_KIB * 1024, "the class's shared memory");

@@ -33,7 +33,7 @@ struct Decoder {
         Acc acc[C::WM / 16][C::WN / 16] = {};
         if (warp < C::QK_WARPS) {
             const Swizzled<C::Q_COLS / 8> q = {smem + C::q};
-#pragma unroll
+#pragma unroll (Tile::UNROLL ? C::K_UNROLL : 1)
             for (int k = 0; k < C::K_STEPS; ++k) {
                 const int step = ks * C::K_STEPS + k;
                 Tile::template qk<C::WM / 16, C::WN / 16>(acc, q, wm * C::WM, step, key, wn * C::WN, step);
@@ -58,7 +58,7 @@ struct Decoder {
             pm_copy_wait<0>();
             pm_sync();
             if (warp < C::QK_WARPS) {
-#pragma unroll
+#pragma unroll (Tile::UNROLL ? C::K_UNROLL : 1)
                 for (int k = 0; k < C::K_STEPS; ++k) {
                     const int step = ks * C::K_STEPS + k;
                     Tile::template qk<C::WM / 16, C::WN / 16>(acc, q, wm * C::WM, step, key, wn * C::WN,
@@ -175,43 +175,47 @@ struct Decoder {
                 Tile::template pv<C::MT>(acc[g], weights, value, step, (warp * C::GROUPS + g) * 64);
     }
 
-    // Final rows, or the partial ones of a split.
-    static PM_DEV void store(const DecodeParams& p, const Segment& s, int kv_head, int row0, char* smem,
+    // Final rows, or the partial ones of a split. `offset` says where each row of the tile begins, -1 for none.
+    static PM_DEV void store(const DecodeParams& p, bool partial, char* smem, const i64* offset,
                              const Acc (&acc)[C::GROUPS][C::MT][4]) {
         const float* inverse = reinterpret_cast<const float*>(smem + C::factor);
-        const int* limit = reinterpret_cast<const int*>(smem + C::limit);
         const int warp = pm_thread() / PM_WARP;
+        const i64 step = p.out_stride_d;
 #pragma unroll
-        for (int g = 0; g < C::GROUPS; ++g)
+        for (int m = 0; m < C::MT; ++m)
 #pragma unroll
-            for (int m = 0; m < C::MT; ++m)
+            for (int set = 0; set < Tile::ROW_SETS; ++set) {
+                const int r = 16 * m + Tile::run_row(set);
+                const i64 at = offset[r];
+                const float f = inverse[r];
+                if (at < 0) continue;
+                const int col0 = warp * C::GROUPS * 64;
+                float* part = p.partial_out + at + col0;
+                u16* out = static_cast<u16*>(p.out) + at + (p.flags & FLAG_OUT_VEC ? col0 : col0 * step);
 #pragma unroll
-                for (int i = 0; i < Tile::RUNS; ++i) {
-                    const int r = 16 * m + Tile::run_row(i);
-                    const int col = (warp * C::GROUPS + g) * 64 + Tile::run_col(i);
-                    if (limit[r] == -2) continue;
-                    float v[Tile::RUN];
+                for (int g = 0; g < C::GROUPS; ++g)
 #pragma unroll
-                    for (int e = 0; e < Tile::RUN; ++e) v[e] = Tile::run_value(acc[g][m], i, e) * inverse[r];
-                    if (s.slot >= 0) {
-                        float* to = p.partial_out + partial_row(p, s.slot, kv_head, row0 + r) * C::DV + col;
+                    for (int j = 0; j < Tile::RUNS / Tile::ROW_SETS; ++j) {
+                        const int run = j * Tile::ROW_SETS + set, col = g * 64 + Tile::run_col(run);
+                        float v[Tile::RUN];
 #pragma unroll
-                        for (int e = 0; e < Tile::RUN; e += 2) {
-                            const Floats2 pair = {{v[e], v[e + 1]}};
-                            *reinterpret_cast<Floats2*>(to + e) = pair;
+                        for (int e = 0; e < Tile::RUN; ++e) v[e] = Tile::run_value(acc[g][m], run, e) * f;
+                        if (partial) {
+#pragma unroll
+                            for (int e = 0; e < Tile::RUN; e += 2) {
+                                const Floats2 pair = {{v[e], v[e + 1]}};
+                                *reinterpret_cast<Floats2*>(part + col + e) = pair;
+                            }
+                        } else if (p.flags & FLAG_OUT_VEC) {
+#pragma unroll
+                            for (int e = 0; e < Tile::RUN; e += 2)
+                                *reinterpret_cast<u32*>(out + col + e) = Elem::pack(v[e], v[e + 1]);
+                        } else {
+#pragma unroll
+                            for (int e = 0; e < Tile::RUN; ++e) out[(col + e) * step] = Elem::from_float(v[e]);
                         }
-                        continue;
                     }
-                    u16* to = static_cast<u16*>(p.out) + out_offset(p, s.req, Row(p, kv_head, row0 + r));
-                    if (p.flags & FLAG_OUT_VEC) {
-#pragma unroll
-                        for (int e = 0; e < Tile::RUN; e += 2)
-                            *reinterpret_cast<u32*>(to + col + e) = Elem::pack(v[e], v[e + 1]);
-                    } else {
-#pragma unroll
-                        for (int e = 0; e < Tile::RUN; ++e) to[i64(col + e) * p.out_stride_d] = Elem::from_float(v[e]);
-                    }
-                }
+            }
     }
 
     static PM_DEV void segment(const DecodeParams& p, const Segment& s, int kv_head, int row0, char* smem) {
@@ -224,8 +228,6 @@ struct Decoder {
         const int tokens = loader.last > loader.first ? loader.last - loader.first : 0;
         const int tiles = (tokens + C::N - 1) / C::N;
 
-        pm_sync();                      // the segment before is done with shared memory
-        if (pm_thread() == 0) *bad = s.bad;
         for (int r = pm_thread(); r < C::M; r += DECODE_THREADS) {
             int v = -2;
             if (row0 + r < p.s_q * p.heads_per_kv) v = visible_end(p, s.req, (row0 + r) / p.heads_per_kv, s.len);
@@ -234,7 +236,6 @@ struct Decoder {
         }
         if (s.bad) report(p.status, s.req);
         if (C::Q_COLS == C::DK && tiles > 0) load_q<C>(p, s.req, kv_head, row0, 0, smem);
-        pm_sync();                      // `bad` is set before a copy can set it again
         loader.look_up(p, s, 0);
 #pragma unroll
         for (int t = 0; t < C::STAGES - 1; ++t) {
@@ -287,30 +288,58 @@ struct Decoder {
         }
 
         pm_copy_wait<0>();
-        pm_sync();                      // the last P V has read its factors
+        pm_sync();                      // the last P V has read its factors, Q's room is free
+        i64* offset = reinterpret_cast<i64*>(smem + C::q);
         const int r = pm_thread() / C::TPR;
-        if (pm_thread() % C::TPR == 0 && r < C::M && limit[r] != -2) {
-            const bool invalid = *bad != 0 || limit[r] == -1;
-            const bool empty = state.l == 0.0f;
-            reinterpret_cast<float*>(smem + C::factor)[r] = invalid ? pm_nan() : empty ? 0.0f : 1.0f / state.l;
-            const float log2_sum = invalid ? pm_nan() : empty ? -pm_inf() : state.m + pm_log2(state.l);
-            if (s.slot < 0)
-                store_lse(p, s.req, Row(p, kv_head, row0 + r), log2_sum);
-            else
-                p.partial_lse[partial_row(p, s.slot, kv_head, row0 + r)] = log2_sum;
+        if (pm_thread() % C::TPR == 0 && r < C::M) {
+            offset[r] = -1;
+            if (limit[r] != -2) {
+                const Row row(p, kv_head, row0 + r);
+                const bool invalid = *bad != 0 || limit[r] == -1;
+                const bool empty = state.l == 0.0f;
+                reinterpret_cast<float*>(smem + C::factor)[r] = invalid ? pm_nan() : empty ? 0.0f : 1.0f / state.l;
+                const float log2_sum = invalid ? pm_nan() : empty ? -pm_inf() : state.m + pm_log2(state.l);
+                if (s.slot < 0) {
+                    store_lse(p, s.req, row, log2_sum);
+                    offset[r] = out_offset(p, s.req, row);
+                } else {
+                    const i64 at = partial_row(p, s.slot, kv_head, row0 + r);
+                    p.partial_lse[at] = log2_sum;
+                    offset[r] = at * C::DV;
+                }
+            }
         }
         pm_sync();
-        store(p, s, kv_head, row0, smem, acc);
+        if (s.slot < 0)
+            store(p, false, smem, offset, acc);
+        else
+            store(p, true, smem, offset, acc);
     }
 
+    // Kept in shared memory by thread 0: the others have no registers to spare for it.
+    struct State {
+        SegmentWalk walk;
+        Segment segment;
+        int more;
+    };
+
     static PM_DEV void run(const DecodeParams& p, char* smem) {
+        static_assert(sizeof(State) <= 64, "the room that config.h gives");
         const int m_tiles = (p.s_q * p.heads_per_kv + C::M - 1) / C::M;
         const int row0 = pm_block() % m_tiles * C::M, kv_head = pm_block() / m_tiles % p.h_kv;
-        SegmentWalk walk(p, pm_block() / m_tiles / p.h_kv);
-        Segment s;
-        while (walk.next(p, s)) {
-            if (s.slot >= p.slots) s.slot = -1;     // nowhere to put a partial result: the request becomes NaN
-            segment(p, s, kv_head, row0, smem);
+        State& state = *reinterpret_cast<State*>(smem + C::state);
+        if (pm_thread() == 0) state.walk.begin(p, pm_block() / m_tiles / p.h_kv);
+        for (;;) {
+            pm_sync();                  // the segment before is done with shared memory
+            if (pm_thread() == 0) {
+                state.more = state.walk.next(p, state.segment);
+                // With nowhere to put a partial result, the request becomes NaN.
+                if (state.segment.slot >= p.slots) state.segment.slot = -1;
+                *reinterpret_cast<int*>(smem + C::bad) = state.segment.bad;
+            }
+            pm_sync();
+            if (!state.more) return;
+            segment(p, state.segment, kv_head, row0, smem);
         }
     }
 };

@@ -126,7 +126,8 @@ PM_DEV void generic(const DecodeParams& p, char* smem) {
     const int rows = p.s_q * p.heads_per_kv;
     const int chunks = (p.head_dim_v + GENERIC_COLUMNS - 1) / GENERIC_COLUMNS;
     const int r = pm_block() % rows, chunk = pm_block() / rows % chunks, rest = pm_block() / rows / chunks;
-    SegmentWalk walk(p, rest / p.h_kv);
+    SegmentWalk walk;
+    walk.begin(p, rest / p.h_kv);
     Segment s;
     while (walk.next(p, s)) {
         if (s.slot >= p.slots) s.slot = -1;

@@ -15,8 +15,10 @@ PM_DEV void copy_unit(char* dst, const u16* src, bool valid, bool aligned) {
         return;
     }
     Words4 w = {{0, 0, 0, 0}};
-    if (valid)
+    if (valid) {
+#pragma unroll
         for (int i = 0; i < 4; ++i) w.w[i] = u32(src[2 * i]) | (u32(src[2 * i + 1]) << 16);
+    }
     *reinterpret_cast<Words4*>(dst) = w;
 }
 

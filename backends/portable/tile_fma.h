@@ -11,6 +11,7 @@ template <class Elem>
 struct FmaTile {
     static constexpr int SIZE = 256 / PM_WARP;
     static constexpr int RUN = 2;
+    static constexpr bool UNROLL = false;     // k steps of Q K^T stay a loop: unrolled, they fill the registers
     static constexpr int ROWS = SIZE / 2;
     struct C {
         float v[SIZE];
@@ -28,7 +29,7 @@ struct FmaTile {
 
     template <int MT, int NT, int UQ, int UK>
     static PM_DEV void qk(C (&acc)[MT][NT], Swizzled<UQ> q, int row0, int kq, Swizzled<UK> key, int token0, int kk) {
-#pragma unroll
+#pragma unroll 1
         for (int half = 0; half < 2; ++half) {
             float a[MT][ROWS][8];
 #pragma unroll
@@ -53,7 +54,7 @@ struct FmaTile {
 
     template <int MT, int UP, int UV>
     static PM_DEV void pv(C (&acc)[MT][4], Swizzled<UP> p, Swizzled<UV> v, int step, int col0) {
-#pragma unroll
+#pragma unroll 1
         for (int half = 0; half < 2; ++half) {
             float a[MT][ROWS][8];
 #pragma unroll
@@ -80,6 +81,7 @@ struct FmaTile {
     }
 
     static constexpr int RUNS = 4 * ROWS;
+    static constexpr int ROW_SETS = ROWS;       // run r lies in row r % ROW_SETS of the lane's rows
     static PM_DEV int run_row(int r) { return row(2 * (r % ROWS)); }
     static PM_DEV int run_col(int r) { return (r / ROWS) * 16 + col(0); }
     static PM_DEV float run_value(const C (&c)[4], int r, int e) { return c[r / ROWS].v[2 * (r % ROWS) + e]; }

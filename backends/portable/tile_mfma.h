@@ -19,6 +19,7 @@ struct MfmaTile {
     };
     static constexpr int SIZE = 4;
     static constexpr int RUN = 4;
+    static constexpr bool UNROLL = true;     // k steps of Q K^T are unrolled
 
     static PM_DEV int lane() { return pm_thread() % 64; }
     static PM_DEV int row(int i) { return (lane() / 16) * 4 + i; }
@@ -70,6 +71,7 @@ struct MfmaTile {
     }
 
     static constexpr int RUNS = SIZE;
+    static constexpr int ROW_SETS = SIZE;       // run r lies in row r % ROW_SETS of the lane's rows
     static PM_DEV int run_row(int r) { return row(r); }
     static PM_DEV int run_col(int) { return (lane() % 16) * 4; }
     static PM_DEV float run_value(const C (&c)[4], int r, int e) { return c[e].v[r]; }

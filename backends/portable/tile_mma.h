@@ -18,6 +18,7 @@ struct MmaTile {
     };
     static constexpr int SIZE = 8;
     static constexpr int RUN = 2;           // elements that lie in neighbouring columns
+    static constexpr bool UNROLL = true;     // k steps of Q K^T are unrolled
 
     static PM_DEV int lane() { return pm_thread() % 32; }
     static PM_DEV int row(int i) { return lane() / 4 + (i & 2) * 4; }
@@ -66,6 +67,7 @@ struct MmaTile {
 
     // Run r of the 16 x 64 piece that pv accumulates: RUN values of one row, from column `col` of the 64 on.
     static constexpr int RUNS = 4 * SIZE / RUN;
+    static constexpr int ROW_SETS = 2;       // run r lies in row r % ROW_SETS of the lane's rows
     static PM_DEV int run_row(int r) { return row(2 * r % 8); }
     static PM_DEV int run_col(int r) { return (r / 4) * 16 + col(2 * r % 8); }
     static PM_DEV float run_value(const C (&c)[4], int r, int e) { return c[r / 4].v[2 * r % 8 + e]; }
