@@ -122,6 +122,28 @@ fn generic_kernel() {
     random_problems("fma-64-64", 6, &wide);
 }
 
+/// A host allots what the README's table says; the source must need exactly that.
+#[test]
+fn shared_memory_is_what_the_readme_says() {
+    let text = include_str!("../backends/portable/README.md");
+    let mut checked = 0;
+    for variant in library::VARIANTS {
+        let start = format!("| {} | {} | ", variant.shared_kib, variant.warp);
+        let line = text.lines().find_map(|l| l.strip_prefix(&start)).unwrap_or_else(|| panic!("no row {start}"));
+        let kernels = library::Kernels::open(&variant);
+        let cells = line.trim_end_matches(" |").split(" | ");
+        for (cell, (d, m)) in cells.zip([(576, 16), (576, 32), (576, 64), (512, 16), (512, 32), (512, 64)]) {
+            let needed = kernels.shared_bytes(&format!("polymla_decode_f16_d{d}_m{m}"));
+            assert_eq!(cell.parse().unwrap_or(0), needed, "{} d{d} m{m}", variant.name);
+            checked += usize::from(needed > 0);
+        }
+        assert!(kernels.shared_bytes("polymla_generic_bf16") <= 1024);
+        assert_eq!(kernels.shared_bytes("polymla_combine_bf16"), 4096);
+        assert_eq!(kernels.shared_bytes("polymla_schedule"), 6144);
+    }
+    assert!(checked >= 30, "{checked} cells checked");
+}
+
 #[test]
 fn schedules_equal_the_host_s() {
     for name in ["fma-32-64", "fma-128-28"] {

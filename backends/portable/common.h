@@ -17,26 +17,25 @@ namespace polymla {
 
 constexpr int BLOCK_TOKENS = 64;    // the schedule's unit
 
-// A use of these as a value, not a cast, keeps every compiler quiet about division by zero.
-PM_DEV float pm_inf() { return __builtin_huge_valf(); }
-PM_DEV float pm_nan() { return __builtin_nanf(""); }
-
-PM_DEV int pm_min(int a, int b) { return a < b ? a : b; }
-PM_DEV float pm_max(float a, float b) { return a > b ? a : b; }
-
 union FloatBits {
     float f;
     u32 u;
 };
+PM_DEV float pm_from_bits(u32 u) {
+    FloatBits v;
+    v.u = u;
+    return v.f;
+}
+PM_DEV float pm_inf() { return pm_from_bits(0x7f800000u); }
+PM_DEV float pm_nan() { return pm_from_bits(0x7fc00000u); }
+
+PM_DEV int pm_min(int a, int b) { return a < b ? a : b; }
+PM_DEV float pm_max(float a, float b) { return a > b ? a : b; }
 
 // ---- elements -------------------------------------------------------------------------------
 
 struct Bf16 {
-    static PM_DEV float to_float(u16 x) {
-        FloatBits v;
-        v.u = u32(x) << 16;
-        return v.f;
-    }
+    static PM_DEV float to_float(u16 x) { return pm_from_bits(u32(x) << 16); }
     static PM_DEV u32 pack(float lo, float hi) { return pm_pack_bf16(lo, hi); }
     static PM_DEV u16 from_float(float x) { return u16(pack(x, 0.0f)); }
 };

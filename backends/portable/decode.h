@@ -21,6 +21,7 @@ namespace polymla {
 template <class Elem, class Tile, class C>
 struct Decoder {
     typedef typename Tile::C Acc;
+    static constexpr int K_UNROLL = Tile::UNROLL ? C::K_UNROLL : 1;
     static constexpr int SX = (C::N / 8 < 4 ? C::N / 8 : 4) - 1;
 
     // Where the score of a row and column lies; the XOR spreads 4 rows over the banks.
@@ -33,7 +34,7 @@ struct Decoder {
         Acc acc[C::WM / 16][C::WN / 16] = {};
         if (warp < C::QK_WARPS) {
             const Swizzled<C::Q_COLS / 8> q = {smem + C::q};
-#pragma unroll (Tile::UNROLL ? C::K_UNROLL : 1)
+#pragma unroll K_UNROLL
             for (int k = 0; k < C::K_STEPS; ++k) {
                 const int step = ks * C::K_STEPS + k;
                 Tile::template qk<C::WM / 16, C::WN / 16>(acc, q, wm * C::WM, step, key, wn * C::WN, step);
@@ -58,7 +59,7 @@ struct Decoder {
             pm_copy_wait<0>();
             pm_sync();
             if (warp < C::QK_WARPS) {
-#pragma unroll (Tile::UNROLL ? C::K_UNROLL : 1)
+#pragma unroll K_UNROLL
                 for (int k = 0; k < C::K_STEPS; ++k) {
                     const int step = ks * C::K_STEPS + k;
                     Tile::template qk<C::WM / 16, C::WN / 16>(acc, q, wm * C::WM, step, key, wn * C::WN,
