@@ -251,10 +251,8 @@ fn with_requests(call: &Call, picks: &[usize]) -> Call {
 #[test]
 fn batch_invariant_rows_have_the_same_bits_alone() {
     let limits = Limits { max_tokens: 700, ..tuned(20, 2, 8) };
-    let options = |parts| ScheduleOptions {
-        num_sm_parts: Some(parts),
-        policy: SplitPolicy::BatchInvariant { split_blocks: 2 },
-    };
+    let options =
+        |parts| ScheduleOptions { num_sm_parts: Some(parts), policy: SplitPolicy::BatchInvariant { split_blocks: 2 } };
     for name in ["mma-32-227", "mfma-64-64"] {
         let backend = SimtBackend::new(by_name(name));
         let calls = (0..40).map(|seed| random_call(seed, &limits).unwrap()).filter(|c| c.problem.b() >= 3);

@@ -147,9 +147,7 @@ impl SimtBackend {
         let longest = usize::try_from(max_tokens).unwrap().div_ceil(64);
         let slots = match policy {
             SplitPolicy::Balanced { .. } => lens.len() + num_parts,
-            SplitPolicy::BatchInvariant { split_blocks } => {
-                lens.len() * longest.div_ceil(split_blocks as usize).max(1)
-            }
+            SplitPolicy::BatchInvariant { split_blocks } => lens.len() * longest.div_ceil(split_blocks as usize).max(1),
         };
         DeviceSchedule { parts, num_splits, policy, slots, status: Mutex::new(status) }
     }
@@ -159,8 +157,8 @@ impl SimtBackend {
 fn aligned(view: &TensorView<'_>, bytes: u64) -> bool {
     let size = view.dtype().size() as u64;
     let rows = view.shape().iter().zip(view.strides()).take(3);
-    view.address().unwrap() % bytes == 0
-        && rows.into_iter().all(|(n, stride)| *n <= 1 || *stride as u64 * size % bytes == 0)
+    view.address().unwrap().is_multiple_of(bytes)
+        && rows.into_iter().all(|(n, stride)| *n <= 1 || (*stride as u64 * size).is_multiple_of(bytes))
 }
 
 fn strides<const N: usize>(view: &TensorView<'_>) -> [i64; N] {

@@ -6,6 +6,7 @@ use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use libloading::Library;
 
@@ -28,14 +29,14 @@ const fn variant(name: &'static str, warp: u32, shared_kib: u32, tile: &'static 
 
 /// Every build that is tested, and whose shapes it has.
 pub const VARIANTS: [Variant; 8] = [
-    variant("mma-32-227", 32, 227, "SIMT_TILE_MMA"), // sm_90, sm_100
-    variant("mma-32-163", 32, 163, "SIMT_TILE_MMA"), // sm_80
-    variant("mma-32-99", 32, 99, "SIMT_TILE_MMA"),   // sm_86, sm_89, sm_120
-    variant("fma-32-64", 32, 64, ""),                // sm_75
-    variant("mfma-64-64", 64, 64, "SIMT_TILE_MFMA"), // gfx90a, gfx942
+    variant("mma-32-227", 32, 227, "SIMT_TILE_MMA"),   // sm_90, sm_100
+    variant("mma-32-163", 32, 163, "SIMT_TILE_MMA"),   // sm_80
+    variant("mma-32-99", 32, 99, "SIMT_TILE_MMA"),     // sm_86, sm_89, sm_120
+    variant("fma-32-64", 32, 64, ""),                  // sm_75
+    variant("mfma-64-64", 64, 64, "SIMT_TILE_MFMA"),   // gfx90a, gfx942
     variant("mfma-64-163", 64, 163, "SIMT_TILE_MFMA"), // gfx950
-    variant("fma-64-64", 64, 64, ""),                // gfx906
-    variant("fma-128-28", 128, 28, ""),              // mp_21, mp_22
+    variant("fma-64-64", 64, 64, ""),                  // gfx906
+    variant("fma-128-28", 128, 28, ""),                // mp_21, mp_22
 ];
 
 /// The variant of a name.
@@ -104,7 +105,11 @@ fn sources() -> Vec<PathBuf> {
     files
 }
 
+/// Tests of one process build one after another, so that none builds what another is building.
+static BUILDING: Mutex<()> = Mutex::new(());
+
 fn build(variant: &Variant) -> PathBuf {
+    let _turn = BUILDING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut hasher = DefaultHasher::new();
     for file in sources() {
         fs::read(&file).unwrap().hash(&mut hasher);
@@ -116,8 +121,7 @@ fn build(variant: &Variant) -> PathBuf {
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let compiler =
-        cc::Build::new().cpp(true).target(&target).host(&target).opt_level(2).warnings(false).get_compiler();
+    let compiler = cc::Build::new().cpp(true).target(&target).host(&target).opt_level(2).warnings(false).get_compiler();
     let unfinished = dir.join(format!("simt-{}-{}.part", variant.name, std::process::id()));
     let mut command: Command = compiler.to_command();
     command.args(["-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]);
