@@ -1,6 +1,7 @@
-//! Lists the kernel sources of the enabled CUDA backends, and compiles them to cubins where nvcc is found.
+//! Lists the kernel sources of the enabled backends, and compiles them where a compiler is found: nvcc by itself, a HIP
+//! compiler where it is named.
 //!
-//! Without nvcc the crate builds all the same: kernels are then compiled on the user's machine, by NVRTC.
+//! Without them the crate builds all the same: kernels are then compiled on the user's machine at run time.
 
 use std::env;
 use std::fmt::Write as _;
@@ -15,11 +16,23 @@ type Unit = (&'static str, &'static str, &'static [&'static str]);
 #[path = "src/cuda/sm90/units.rs"]
 mod sm90;
 
+#[path = "src/portable/units.rs"]
+mod portable_units;
+
+/// Names hipcc, or DTK's or another clang that knows HIP: kernels are then compiled with it and embedded.
+const HIPCC_VARIABLE: &str = "POLYMLA_HIPCC";
+/// The architectures to embed kernels for, separated by commas.
+const HIP_ARCHS_VARIABLE: &str = "POLYMLA_HIP_ARCHS";
+
 /// Names nvcc; empty or `none` means that none is to be used.
 const NVCC_VARIABLE: &str = "POLYMLA_NVCC";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_HIP").is_some() {
+        portable();
+        hip();
+    }
     if env::var_os("CARGO_FEATURE_SM90").is_some() {
         kernels("sm90", "compute_90a", "sm_90a", sm90::UNITS);
     }
@@ -27,14 +40,32 @@ fn main() {
 
 /// Writes `<backend>_kernels.rs` into OUT_DIR: `FILES`, the sources, and `EMBEDDED`, the cubins.
 fn kernels(backend: &str, virtual_arch: &str, arch: &str, units: &[Unit]) {
-    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
-    let folder = root.join("backends").join(backend);
-    println!("cargo:rerun-if-changed={}", folder.display());
+    let out = out_dir();
+    let folder = backend_dir(backend);
     println!("cargo:rerun-if-changed=src/cuda/{backend}/units.rs");
 
+    let mut text = files(&folder);
+    text.push_str("pub(crate) const EMBEDDED: &[(&str, &[u8])] = &[\n");
+    for (unit, cubin) in compile(&folder, &out.join(backend), virtual_arch, arch, units) {
+        writeln!(text, "    ({unit:?}, include_bytes!({:?})),", cubin.display().to_string()).expect("to a string");
+    }
+    text.push_str("];\n");
+    fs::write(out.join(format!("{backend}_kernels.rs")), text).expect("OUT_DIR can be written");
+}
+
+fn out_dir() -> PathBuf {
+    PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"))
+}
+
+fn backend_dir(backend: &str) -> PathBuf {
+    PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("backends").join(backend)
+}
+
+/// `FILES`: name and text of every kernel source of a folder, as Rust.
+fn files(folder: &Path) -> String {
+    println!("cargo:rerun-if-changed={}", folder.display());
     let mut files: Vec<PathBuf> =
-        fs::read_dir(&folder).map(|entries| entries.flatten().map(|entry| entry.path()).collect()).unwrap_or_default();
+        fs::read_dir(folder).map(|entries| entries.flatten().map(|entry| entry.path()).collect()).unwrap_or_default();
     files.retain(|path| path.extension().is_some_and(|e| e == "cu" || e == "h"));
     files.sort();
     let mut text = String::from("pub(crate) const FILES: &[(&str, &str)] = &[\n");
@@ -42,12 +73,58 @@ fn kernels(backend: &str, virtual_arch: &str, arch: &str, units: &[Unit]) {
         let name = path.file_name().expect("a listed file").to_string_lossy();
         writeln!(text, "    ({name:?}, include_str!({:?})),", path.display().to_string()).expect("to a string");
     }
-    text.push_str("];\npub(crate) const EMBEDDED: &[(&str, &[u8])] = &[\n");
-    for (unit, cubin) in compile(&folder, &out.join(backend), virtual_arch, arch, units) {
-        writeln!(text, "    ({unit:?}, include_bytes!({:?})),", cubin.display().to_string()).expect("to a string");
+    text.push_str("];\n");
+    text
+}
+
+/// Writes `portable_kernels.rs`: the sources that every dialect shares.
+fn portable() {
+    println!("cargo:rerun-if-changed=src/portable/units.rs");
+    fs::write(out_dir().join("portable_kernels.rs"), files(&backend_dir("portable"))).expect("OUT_DIR can be written");
+}
+
+/// Writes `hip_kernels.rs`: the dialect, and the binaries of the architectures named, where a compiler is named.
+fn hip() {
+    for variable in [HIPCC_VARIABLE, HIP_ARCHS_VARIABLE] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    let (out, dialect) = (out_dir(), backend_dir("hip"));
+    let mut text = files(&dialect);
+    text.push_str("pub(crate) const EMBEDDED: &[(&str, &[u8])] = &[\n");
+    let archs = env::var(HIP_ARCHS_VARIABLE).unwrap_or_else(|_| "gfx90a,gfx942".into());
+    let hipcc = env::var_os(HIPCC_VARIABLE).filter(|v| !v.is_empty());
+    for arch in archs.split(',').filter(|_| hipcc.is_some()) {
+        let Some(kib) = portable_units::hip_class(arch) else {
+            println!("cargo:warning={HIP_ARCHS_VARIABLE}: {arch} is unknown or has no waves of 64 lanes: not embedded");
+            continue;
+        };
+        for (element, define) in portable_units::ELEMENTS {
+            let name = portable_units::binary_name("hip", arch, kib, element);
+            let binary = out.join(format!("{name}.co"));
+            let result = Command::new(hipcc.as_ref().expect("filtered"))
+                .args(portable_units::options(kib, define))
+                .args(portable_units::clang_options(arch))
+                .arg("-I")
+                .arg(&dialect)
+                .arg("-I")
+                .arg(backend_dir("portable"))
+                .arg("-o")
+                .arg(&binary)
+                .arg(backend_dir("portable").join("portable.cu"))
+                .output();
+            match result {
+                Ok(output) if output.status.success() => {
+                    writeln!(text, "    ({name:?}, include_bytes!({:?})),", binary.display().to_string())
+                        .expect("to a string");
+                }
+                // A compiler that was named is meant to work: embedding nothing would be found out on another machine.
+                Ok(output) => panic!("{HIPCC_VARIABLE}: {name}: {}", String::from_utf8_lossy(&output.stderr)),
+                Err(e) => panic!("{HIPCC_VARIABLE} names {:?}: {e}", hipcc.as_ref().expect("filtered")),
+            }
+        }
     }
     text.push_str("];\n");
-    fs::write(out.join(format!("{backend}_kernels.rs")), text).expect("OUT_DIR can be written");
+    fs::write(out.join("hip_kernels.rs"), text).expect("OUT_DIR can be written");
 }
 
 /// The cubins of the units that nvcc could compile.

@@ -236,6 +236,13 @@ pub fn registry() -> &'static [Registration] {
             supports: crate::cuda::sm90::supports,
             open: || Ok(Box::new(crate::cuda::sm90::Sm90Backend::new()?)),
         },
+        #[cfg(feature = "hip")]
+        Registration {
+            name: crate::driver::NAME,
+            target: "AMD and Hygon through HIP (waves of 64)",
+            supports: crate::driver::supports,
+            open: || Ok(Box::new(crate::driver::hip()?)),
+        },
         #[cfg(feature = "cpu")]
         Registration {
             name: "cpu",

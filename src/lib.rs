@@ -14,10 +14,14 @@ pub mod conformance;
 pub mod cpu;
 #[cfg(feature = "sm90")]
 pub mod cuda;
+#[cfg(feature = "hip")]
+pub mod driver;
 pub mod error;
 mod host;
-#[cfg(feature = "sm90")]
+#[cfg(any(feature = "sm90", feature = "hip"))]
 pub mod kernels;
+#[cfg(feature = "hip")]
+mod portable;
 pub mod problem;
 pub mod reference;
 pub mod schedule;

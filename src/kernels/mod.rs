@@ -14,4 +14,8 @@ pub use cache::CACHE_VARIABLE;
 pub(crate) use cache::DiskCache;
 pub(crate) use obtain::{Compilers, Job, Origin, Supplies};
 pub use rtc::Compiled;
-pub(crate) use rtc::{Compiler, Names, Source};
+#[cfg(feature = "sm90")]
+pub(crate) use rtc::Compiler;
+#[cfg(feature = "hip")]
+pub(crate) use rtc::loader_words;
+pub(crate) use rtc::{Names, Source};

@@ -90,6 +90,19 @@ impl Job<'_> {
         compiler.compile(&self.source, &options)
     }
 
+    /// Compiles with the first compiler found.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`] with the compiler's log, or with everything that was tried.
+    #[cfg(feature = "hip")]
+    pub(crate) fn compile_with(&self, compilers: &Compilers) -> Result<Compiled> {
+        let (found, missing) = compilers.get();
+        let compiler = found
+            .first()
+            .ok_or_else(|| MlaError::Absent { backend: compilers.names.compiler.into(), reason: missing.join("; ") })?;
+        self.compile(compiler, &[])
+    }
+
     fn key(&self, compiler: &Compiler, names: &Names) -> Key {
         let (options, version) = (self.options.join("\0"), format!("{} {:?}", names.compiler, compiler.version()));
         let own = [self.source.text, &options, &version];

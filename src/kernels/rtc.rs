@@ -98,7 +98,7 @@ impl Compiler {
             message: format!("{}: {message}", path.display()),
         };
         // SAFETY: a compiler's initialisers may run in any process.
-        let library = unsafe { Library::new(path) }.map_err(|e| failed(e.to_string()))?;
+        let library = unsafe { Library::new(path) }.map_err(|e| failed(loader_words(&e)))?;
         // SAFETY: functions of these names have these signatures; a library that lacks one is refused.
         let pointers = unsafe { Pointers::load(&library, names) }.map_err(failed)?;
         let mut compiler = Compiler { names, pointers, version: (0, 0), path: path.into(), _library: library };
@@ -199,6 +199,11 @@ impl Compiler {
             message: format!("a source holds a null byte at {}", e.nul_position()),
         })
     }
+}
+
+/// What the system's loader said: libloading's own words are only which call failed.
+pub(crate) fn loader_words(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// A program, destroyed when dropped.

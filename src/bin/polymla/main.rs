@@ -1,4 +1,4 @@
-//! The command line: `info`, `conformance`, `decode`, `bench`.
+//! The command line: `info`, `conformance`, `decode`, `bench`, `kernels`.
 
 mod bench;
 mod choose;
@@ -6,6 +6,7 @@ mod conformance;
 mod cpu_ceilings;
 mod decode;
 mod info;
+mod kernels;
 mod output;
 mod roofline;
 mod suites;
@@ -36,6 +37,8 @@ enum Command {
     Decode(decode::Args),
     /// Time a suite or a single shape.
     Bench(bench::Args),
+    /// Write a vendor's kernels as one file, with the command that compiles them.
+    Kernels(kernels::Args),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Command::Conformance(args) => conformance::run(&args, cli.json),
         Command::Decode(args) => decode::run(&args, cli.json),
         Command::Bench(args) => bench::run(&args, cli.json),
+        Command::Kernels(args) => kernels::run(&args, cli.json),
     };
     match result {
         Ok(passed) => ExitCode::from(u8::from(!passed)),
