@@ -66,8 +66,8 @@ impl DriverBackend {
         if facts.warp_size != vendor.kernels.warp {
             return Err(refuse("warp size", facts.warp_size.to_string(), &format!("{}", vendor.kernels.warp)));
         }
-        let class = TileClass::of(facts.shared_memory_per_block).ok_or_else(|| {
-            refuse("shared memory a block", facts.shared_memory_per_block.to_string(), "28 KiB or more")
+        let class = TileClass::of(facts.warp_size, facts.shared_memory_per_block).ok_or_else(|| {
+            refuse("shared memory a block", facts.shared_memory_per_block.to_string(), "64 KiB or more")
         })?;
         let kernels = Kernels::new(&device, class)?;
         // A machine where no kernel can be had is found out here, not in a step.

@@ -20,23 +20,25 @@ pub(crate) struct TileClass {
     /// What a launch asks for. Every tile of a class takes more than half of it, so asking for less would not make room
     /// for a second block.
     pub(crate) bytes: u32,
+    /// The warp widths that its kernels can be compiled for.
+    warps: &'static [u32],
     /// Query rows of its tiles.
     rows: &'static [usize],
 }
 
 const CLASSES: [TileClass; 5] = [
-    TileClass { kib: 227, bytes: 227 * 1024, rows: &[16, 32, 64] },
+    TileClass { kib: 227, bytes: 227 * 1024, warps: &[32], rows: &[16, 32, 64] },
     // Named for sm_80. Its tiles fit the 160 KiB of gfx950 too.
-    TileClass { kib: 163, bytes: 160 * 1024, rows: &[16, 32, 64] },
-    TileClass { kib: 99, bytes: 99 * 1024, rows: &[16, 32] },
-    TileClass { kib: 64, bytes: 64 * 1024, rows: &[16] },
-    TileClass { kib: 28, bytes: 28 * 1024, rows: &[16] },
+    TileClass { kib: 163, bytes: 160 * 1024, warps: &[32, 64], rows: &[16, 32, 64] },
+    TileClass { kib: 99, bytes: 99 * 1024, warps: &[32], rows: &[16, 32] },
+    TileClass { kib: 64, bytes: 64 * 1024, warps: &[32, 64], rows: &[16] },
+    TileClass { kib: 28, bytes: 28 * 1024, warps: &[128], rows: &[16] },
 ];
 
 impl TileClass {
-    /// The largest class that fits a device with that much shared memory a block.
-    pub(crate) fn of(shared_bytes: u32) -> Option<TileClass> {
-        CLASSES.into_iter().find(|class| class.bytes <= shared_bytes)
+    /// The largest class for a device with warps of that width and that much shared memory a block.
+    pub(crate) fn of(warp: u32, shared_bytes: u32) -> Option<TileClass> {
+        CLASSES.into_iter().find(|class| class.bytes <= shared_bytes && class.warps.contains(&warp))
     }
 
     /// The decode kernel for a problem, and the blocks of its grid for each part of the schedule.
@@ -118,7 +120,7 @@ mod tests {
                 }
             }
             std::fs::write(&source, text).expect("the folder of temporary files");
-            for warp in [32, 64, 128] {
+            for warp in class.warps {
                 let output = std::process::Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()))
                     .args(["-std=c++17", "-fsyntax-only", "-w", "-I"])
                     .arg(root.join("tests/simt"))
@@ -137,18 +139,19 @@ mod tests {
 
     #[test]
     fn devices_get_their_class() {
-        let class = |kib: u32| TileClass::of(kib * 1024).map(|c| c.kib);
-        assert_eq!(class(64), Some(64));
-        assert_eq!(class(160), Some(163), "gfx950 has 160 KiB, which that class's kernels fit");
-        assert_eq!(class(48), Some(28));
-        assert_eq!(class(28), Some(28));
-        assert_eq!(class(227), Some(227));
-        assert_eq!(class(16), None);
+        let class = |warp, kib: u32| TileClass::of(warp, kib * 1024).map(|c| c.kib);
+        assert_eq!(class(64, 64), Some(64));
+        assert_eq!(class(64, 100), Some(64), "no kernel of class 99 has waves of 64");
+        assert_eq!(class(64, 160), Some(163), "gfx950 has 160 KiB, which that class's kernels fit");
+        assert_eq!(class(128, 28), Some(28));
+        assert_eq!(class(32, 227), Some(227));
+        assert_eq!(class(32, 48), None);
+        assert_eq!(class(64, 16), None);
     }
 
     #[test]
     fn problems_get_their_kernel() {
-        let class = TileClass::of(227 * 1024).expect("a class");
+        let class = TileClass::of(32, 227 * 1024).expect("a class");
         let decode = |h_q, s_q, head_dim_k, head_dim_v| {
             let builder = Problem::builder(1).h_q(h_q).s_q(s_q).head_dim_k(head_dim_k).head_dim_v(head_dim_v);
             let (decode, blocks) = class.decode(&builder.build().expect("valid"));
