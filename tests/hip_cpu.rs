@@ -1,0 +1,180 @@
+//! The whole HIP host code on this CPU: the backend as users open it, over a library that has HIP's names and runs the
+//! kernels in the fiber harness (`tests/shims/hip_cpu.cpp`). It proves our calls, not AMD's ABI.
+
+#![cfg(all(target_os = "linux", target_env = "gnu"))]
+
+use std::path::{Path, PathBuf};
+
+use polymla::conformance::random::{Limits, random_call, random_options};
+use polymla::conformance::{Layout, POLICIES, check, check_with, golden};
+use polymla::driver::{self, DriverBackend};
+use polymla::{
+    Device, HostBackend, Inputs, KvCache, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions, SplitPolicy,
+    TensorView, TensorViewMut, get_mla_metadata,
+};
+
+fn library() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libhip-cpu-{}.so", std::process::id()));
+    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let compiler = cc::Build::new().cpp(true).target(&target).host(&target).opt_level(2).warnings(false).get_compiler();
+    let mut command = compiler.to_command();
+    command.args([
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wno-unknown-pragmas",
+        "-U_FORTIFY_SOURCE",
+    ]);
+    command.args(["-DPM_WARP=64", "-DPOLYMLA_SMEM_KIB=64", "-DSIMT_TILE_MFMA"]);
+    command.arg("-I").arg(root.join("tests/simt")).arg("-I").arg(root.join("backends/portable"));
+    command.args(["tests/simt/simt.cpp", "tests/simt/library.cpp", "tests/shims/hip_cpu.cpp"].map(|f| root.join(f)));
+    let output = command.arg("-o").arg(&path).output().expect("a C++ compiler is needed (g++)");
+    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
+    path
+}
+
+/// One test: variables of the environment belong to the process, and a driver is loaded once in it.
+#[test]
+fn the_backend_is_right_from_library_to_result() {
+    let library = library();
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hip-cpu-cache-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&cache);
+    // SAFETY: this test is alone in its process, and no other thread reads the environment now.
+    unsafe {
+        std::env::set_var(driver::LIBRARY_VARIABLE, &library);
+        std::env::set_var(driver::COMPILER_VARIABLE, &library);
+        std::env::set_var(driver::CACHE_VARIABLE, &cache);
+    }
+    let backend = driver::hip().expect("the library has a device");
+    let info = MlaBackend::info(&backend);
+    assert_eq!(info.device, Device::Accelerator { platform: "hip", ordinal: 1 }, "device 0 has waves of 32");
+    assert!(info.device_name.contains("gfx90a") && info.device_name.contains("compiled by hiprtc"), "{info:?}");
+    let cached = driver::hip_device(1).expect("again");
+    assert!(MlaBackend::info(&cached).device_name.contains("disk cache"), "{cached:?}");
+    let refused = driver::hip_device(0).expect_err("waves of 32").to_string();
+    assert!(refused.contains("warp size 32") && refused.contains("64"), "{refused}");
+    assert!(matches!(driver::hip_device(7), Err(MlaError::Absent { .. })));
+
+    golden_files(&backend);
+    random_problems(&backend);
+    schedules(&backend);
+    bad_lengths_are_reported(&backend);
+    let _ = std::fs::remove_dir_all(&cache);
+    let _ = std::fs::remove_file(&library);
+}
+
+/// Golden files that are small enough for emulation.
+fn golden_files(backend: &DriverBackend) {
+    for file in
+        ["dense_bf16_b2_sq4_hq9_shorter_than_sq", "dense_bf16_b6_sq2_hq16_zero_len", "dense_fp16_b2_sq4_hq16_causal"]
+    {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        let call = golden::load(root.join(file).with_extension("safetensors")).expect(file);
+        for (layout, policy) in [(Layout::Fused, POLICIES[0]), (Layout::Split, POLICIES[1])] {
+            let outcome = check(backend, &call, layout, policy);
+            assert!(outcome.passed(), "{file} {layout} {policy:?}: {}", outcome.failure());
+        }
+    }
+}
+
+fn random_problems(backend: &DriverBackend) {
+    let small = Limits { max_tokens: 300, max_work: 2_000_000, ..Limits::any() };
+    let tuned = Limits {
+        max_b: 4,
+        max_s_q: 2,
+        max_heads_per_kv: 20,
+        max_tokens: 500,
+        max_work: 4_000_000,
+        ..Limits::deepseek()
+    };
+    for seed in 0..24 {
+        let call = random_call(seed, if seed % 2 == 0 { &small } else { &tuned }).expect("a call");
+        if HostBackend::supports(backend, &call.problem).is_err() {
+            continue;
+        }
+        let outcome = check_with(backend, &call, Layout::Given, &random_options(seed));
+        assert!(outcome.passed(), "{}: {}", call.name, outcome.failure());
+    }
+}
+
+/// A small call on the device with these lengths; `body` gets its tensors.
+fn with_call(backend: &DriverBackend, lengths: &[i32], body: impl FnOnce(&Problem, &Inputs<'_>, &mut Outputs<'_>)) {
+    let b = lengths.len();
+    let problem = Problem::builder(b).h_q(3).num_pages(4).max_pages_per_seq(4).build().expect("valid");
+    let upload = |bytes: &[u8]| backend.upload(bytes).expect("upload");
+    let (q, k) = (vec![0u16; b * 3 * 576], vec![0u16; 4 * 64 * 576]);
+    let table: Vec<i32> = (0..b * 4).map(|i| i as i32 % 4).collect();
+    let buffers = [bytemuck::cast_slice(&q), bytemuck::cast_slice(&k), bytemuck::cast_slice(&table)].map(upload);
+    let lens = upload(bytemuck::cast_slice(lengths));
+    let (mut out, mut lse) = (upload(&vec![0; b * 3 * 512 * 2]), upload(&vec![0; b * 3 * 4]));
+    let bf16 =
+        |data, shape: &[usize]| TensorView::from_slice::<half::bf16>("", bytemuck::cast_slice(data), shape).unwrap();
+    let i32s = |data, shape: &[usize]| TensorView::from_slice::<i32>("", data, shape).unwrap();
+    let inputs = Inputs {
+        query: Query::Fused(backend.view("q", &buffers[0], &bf16(&q, &[b, 1, 3, 576])).unwrap()),
+        kv_cache: KvCache::Fused(backend.view("k_cache", &buffers[1], &bf16(&k, &[4, 64, 1, 576])).unwrap()),
+        block_table: backend.view("block_table", &buffers[2], &i32s(&table, &[b, 4])).unwrap(),
+        cache_seqlens: backend.view("cache_seqlens", &lens, &i32s(lengths, &[b])).unwrap(),
+        visible_lengths: None,
+    };
+    let (mut host_out, mut host_lse) = (vec![half::bf16::ZERO; b * 3 * 512], vec![0f32; b * 3]);
+    let like_out = TensorViewMut::from_slice("", &mut host_out, &[b, 1, 3, 512]).unwrap();
+    let like_lse = TensorViewMut::from_slice("", &mut host_lse, &[b, 3, 1]).unwrap();
+    let mut outputs = Outputs {
+        out: backend.view_mut("out", &mut out, &like_out.as_view()).unwrap(),
+        lse: backend.view_mut("lse", &mut lse, &like_lse.as_view()).unwrap(),
+    };
+    body(&problem, &inputs, &mut outputs);
+}
+
+/// The device's plan is the host's, and planning again in place serves a smaller batch.
+fn schedules(backend: &DriverBackend) {
+    let lengths = [200, 0, 64, 1, 130];
+    for policy in [SplitPolicy::Balanced { overhead_blocks: 1 }, SplitPolicy::BatchInvariant { split_blocks: 2 }] {
+        with_call(backend, &lengths, |problem, inputs, _| {
+            let options = ScheduleOptions { num_sm_parts: Some(3), policy };
+            let stream = backend.create_stream().expect("a stream");
+            let mut schedule = backend.schedule(problem, &options, inputs, stream.stream()).expect("a schedule");
+            let want = get_mla_metadata(&lengths, 3, policy).expect("a plan");
+            let (parts, num_splits) = schedule.to_host().expect("a copy");
+            assert_eq!(
+                (&parts[..], &num_splits[..]),
+                (want.tile_scheduler_metadata(), want.num_splits()),
+                "{policy:?}"
+            );
+
+            let fewer = Problem::builder(2).h_q(3).num_pages(4).max_pages_per_seq(4).build().expect("valid");
+            with_call(backend, &lengths[..2], |_, inputs, _| {
+                backend.schedule_into(&mut schedule, &fewer, &inputs.cache_seqlens, stream.stream()).expect("again");
+            });
+            let want = get_mla_metadata(&lengths[..2], 3, policy).expect("a plan");
+            assert_eq!(schedule.to_host().expect("a copy").1, want.num_splits());
+            let error = backend.schedule_into(&mut schedule, problem, &inputs.block_table, stream.stream());
+            assert!(matches!(error, Err(MlaError::Shape { param: "cache_seqlens", .. })), "{error:?}");
+        });
+    }
+}
+
+/// What only the device sees is reported by `finish`, once.
+fn bad_lengths_are_reported(backend: &DriverBackend) {
+    for (bad, request) in [([64, -1, 9], 1), ([64, 9, 257], 2)] {
+        with_call(backend, &bad, |problem, inputs, outputs| {
+            let stream = Default::default();
+            let schedule = backend.schedule(problem, &ScheduleOptions::default(), inputs, stream).expect("a schedule");
+            let mut scratch = backend.alloc(backend.workspace_bytes(problem, &schedule)).expect("workspace");
+            let mut small = backend.alloc(16).expect("a small one");
+            let mut too_small = backend.workspace(&mut small);
+            let refused = backend.run(problem, &schedule, &mut too_small, inputs, outputs, stream);
+            assert!(matches!(refused, Err(MlaError::WorkspaceTooSmall { value: 16, .. })), "{refused:?}");
+            let mut workspace = backend.workspace(&mut scratch);
+            backend.run(problem, &schedule, &mut workspace, inputs, outputs, stream).expect("enqueued");
+            match backend.finish(&schedule, stream) {
+                Err(MlaError::DeviceCheck { request: found, .. }) => assert_eq!(found, request, "{bad:?}"),
+                other => panic!("{bad:?}: {other:?}"),
+            }
+            assert_eq!(backend.finish(&schedule, stream), Ok(()), "a failure is reported once");
+        });
+    }
+}
