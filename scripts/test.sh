@@ -14,3 +14,5 @@ echo "== tests: every feature that builds on any machine"
 cargo test --features cli,sm90
 echo "== the Hopper kernels compile, keep to their registers, and use the tensor cores (no GPU needed)"
 bash scripts/check-cuda.sh
+echo "== HIP without a device: compilers, ROCm's library, the host code over a CPU (installs Debian packages)"
+bash scripts/check-hip.sh
