@@ -14,7 +14,7 @@
 namespace polymla {
 
 constexpr int COMBINE_THREADS = 256;
-constexpr int MAX_PARTS = 512;
+constexpr int MAX_PARTS = 1024;
 
 struct Merge {
     float m0, m1, w0, w1;   // running maximum and weight of rows g and g + 8
@@ -158,6 +158,7 @@ PM_DEV void combine(const DecodeParams& p) {
             if (owner && at < MAX_PARTS) owners[at] = info;
             __syncthreads();
         }
+        count = min(count, MAX_PARTS);
     }
     pdl_wait();
     if (count == 0) return;
