@@ -98,6 +98,7 @@ struct Decoder {
     static PM_DEV void softmax(const DecodeParams& p, char* smem, const float* scores, int tok, RowState& state) {
         const int r = pm_thread() / C::TPR, part = pm_thread() % C::TPR;
         if (r >= C::M) return;
+        // An invalid row's negative limit unmasks it: the row becomes NaN, or is not there, at the end.
         const int limit = reinterpret_cast<const int*>(smem + C::limit)[r];
         float x[C::PIECES][4];
         float top = -pm_inf();
@@ -115,7 +116,7 @@ struct Decoder {
             }
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                x[i][e] = tok + col + e < limit ? sum.f[e] * p.scale_log2 : -pm_inf();
+                x[i][e] = u32(tok) + u32(col + e) < u32(limit) ? sum.f[e] * p.scale_log2 : -pm_inf();
                 top = pm_max(top, x[i][e]);
             }
         }
@@ -227,7 +228,7 @@ struct Decoder {
         loader.first = s.begin * BLOCK_TOKENS;
         loader.last = s.bad ? loader.first : int(i64(s.end) * BLOCK_TOKENS < s.len ? s.end * BLOCK_TOKENS : s.len);
         const int tokens = loader.last > loader.first ? loader.last - loader.first : 0;
-        const int tiles = (tokens + C::N - 1) / C::N;
+        const int tiles = int((u32(tokens) + C::N - 1) / C::N);
 
         for (int r = pm_thread(); r < C::M; r += DECODE_THREADS) {
             int v = -2;

@@ -44,8 +44,8 @@ PM_DEV void generic_segment(const DecodeParams& p, const Segment& s, int kv_head
         sm.bad = s.bad || limit == -1;
         if (sm.bad) report(p.status, s.req);
     }
-    for (int base = first; base < last; base += GENERIC_TOKENS) {
-        const int n = pm_min(GENERIC_TOKENS, last - base);
+    for (u32 at = u32(first); at < u32(last); at += GENERIC_TOKENS) {
+        const int base = int(at), n = pm_min(GENERIC_TOKENS, last - base);
         pm_sync();
         if (t < n) {
             const int tok = base + t, index = page_index(p, tok), page = table[index];

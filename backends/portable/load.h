@@ -72,14 +72,17 @@ struct KvLoader {
         return (pass + 1) * C::TOKENS_A_PASS <= C::HALF || pass * C::TOKENS_A_PASS + pm_thread() / 8 < C::HALF;
     }
 
+    // Past the longest sequence of all this wraps, which the unsigned comparisons with `last` take for the end.
+    PM_DEV int token(int tile, int row) const { return int(u32(first) + u32(tile) * C::N + u32(row)); }
+
     PM_DEV void look_up(const DecodeParams& p, const Segment& s, int tile) {
         const int* table = p.block_table + i64(s.req) * p.block_table_stride_b;
 #pragma unroll
         for (int half = 0; half < C::HALVES; ++half)
 #pragma unroll
             for (int pass = 0; pass < C::PASSES; ++pass) {
-                const int tok = first + tile * C::N + row_of(half, pass);
-                entry[half][pass] = has_row(pass) && tok < last ? table[page_index(p, tok)] : 0;
+                const int tok = token(tile, row_of(half, pass));
+                entry[half][pass] = has_row(pass) && u32(tok) < u32(last) ? table[page_index(p, tok)] : 0;
             }
     }
 
@@ -88,8 +91,8 @@ struct KvLoader {
 #pragma unroll
         for (int pass = 0; pass < C::PASSES; ++pass) {
             if (!has_row(pass)) continue;
-            const int row = row_of(half, pass), tok = first + tile * C::N + row, page = entry[half][pass];
-            bool valid = tok < last;
+            const int row = row_of(half, pass), tok = token(tile, row), page = entry[half][pass];
+            bool valid = u32(tok) < u32(last);
             if (valid && u32(page) >= u32(p.num_pages)) {
                 *bad = 1;
                 report(p.status, s.req);
