@@ -18,6 +18,8 @@ build() {
     if [ -z "${POLYMLA_NVCC:-}" ] && [ -x "$wheel" ]; then
         export POLYMLA_NVCC=$wheel
     fi
+    # A proof of kernels that were compiled there would be one of another compiler.
+    [ -n "${POLYMLA_NVCC:-}" ] || command -v nvcc >/dev/null || { echo "no nvcc: scripts/check-cuda.sh installs one" >&2; exit 1; }
     mkdir -p "$carry"
     cargo build --release --features cli,sm90
     cp "$target/release/polymla" "$carry/polymla"
