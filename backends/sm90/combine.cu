@@ -50,13 +50,13 @@ PM_DEV void store_merged(const DecodeParams& p, const Merge& s, int req, int kv_
         const float w = k ? s.w1 : s.w0, m = k ? s.m1 : s.m0;
         const float inv = w == 0.0f ? 0.0f : 1.0f / w;
         u16* dst = reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(j) * p.out_stride_s +
-                   i64(h) * p.out_stride_h + half * 256 + block * 8 + lane % 4 * 2;
+                   i64(h) * p.out_stride_h + (half * 256 + block * 8 + lane % 4 * 2) * p.out_stride_d;
         const u32 word = pack2<Elem>((k ? s.o.z : s.o.x) * inv, (k ? s.o.w : s.o.y) * inv);
         if (p.flags & FLAG_OUT_VEC16) {
             *reinterpret_cast<u32*>(dst) = word;
         } else {
             dst[0] = u16(word);
-            dst[1] = u16(word >> 16);
+            dst[p.out_stride_d] = u16(word >> 16);
         }
         if (half == 0 && block == 0 && lane % 4 == 0)
             p.lse[i64(req) * p.lse_stride_b + i64(h) * p.lse_stride_h + i64(j) * p.lse_stride_s] =

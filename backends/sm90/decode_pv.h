@@ -43,14 +43,16 @@ struct PvWarpgroup {
         for (int k = 0; k < 2; ++k) {
             const RowIndex r(p, row + 8 * k);
             u16* dst = reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(r.s) * p.out_stride_s +
-                       i64(r.h) * p.out_stride_h + half * 256;
+                       i64(r.h) * p.out_stride_h + half * 256 * p.out_stride_d;
             if (!(p.flags & FLAG_OUT_VEC16)) {
+                dst += 2 * t * p.out_stride_d;
                 if (r.valid)
 #pragma unroll
                     for (int i = 0; i < 32; ++i) {
                         const u32 w = pack2<Elem>(o[4 * i + 2 * k], o[4 * i + 2 * k + 1]);
-                        dst[8 * i + 2 * t] = u16(w);
-                        dst[8 * i + 2 * t + 1] = u16(w >> 16);
+                        dst[0] = u16(w);
+                        dst[p.out_stride_d] = u16(w >> 16);
+                        dst += 8 * p.out_stride_d;
                     }
                 continue;
             }

@@ -53,7 +53,7 @@ PM_DEV void store_empty(const DecodeParams& p, bool bad, int req, int slot) {
         u16* dst = reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(r.s) * p.out_stride_s +
                    i64(r.h) * p.out_stride_h;
 #pragma unroll 1
-        for (int i = lane; i < DV; i += 32) dst[i] = word;
+        for (int i = lane; i < DV; i += 32) dst[i * p.out_stride_d] = word;
     }
 }
 

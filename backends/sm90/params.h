@@ -55,8 +55,8 @@ struct DecodeParams {
     const int* visible_lens;    // [b, s_q] keys each query row sees, or null
     i64 visible_lens_stride_b;
 
-    void* out;                  // [b, s_q, h_q, 512], innermost stride 1
-    i64 out_stride_b, out_stride_s, out_stride_h;
+    void* out;                  // [b, s_q, h_q, 512], any strides
+    i64 out_stride_b, out_stride_s, out_stride_h, out_stride_d;
     float* lse;                 // [b, h_q, s_q], natural logarithm
     i64 lse_stride_b, lse_stride_h, lse_stride_s;
 
@@ -80,7 +80,7 @@ struct DecodeParams {
 };
 
 enum DecodeFlags {
-    // out is 16-byte aligned and its strides are multiples of 8 elements
+    // out is 16-byte aligned, its innermost stride is 1 and the others are multiples of 8 elements
     FLAG_OUT_VEC16 = 1,
 };
 
@@ -102,7 +102,7 @@ struct ScheduleParams {
 
 static_assert(sizeof(PartMeta) == 32, "PartMeta is 8 x i32");
 static_assert(sizeof(ScheduleParams) == 64, "ScheduleParams layout");
-static_assert(sizeof(DecodeParams) == 8 * 34 + 4 * 14, "DecodeParams layout");
+static_assert(sizeof(DecodeParams) == 8 * 35 + 4 * 14, "DecodeParams layout");
 static_assert(sizeof(TensorMap) == 128, "TensorMap layout");
 
 }  // namespace polymla

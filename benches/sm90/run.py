@@ -16,7 +16,7 @@ class Decode(C.Structure):
                 + [(f"{k}_stride_{d}", LL) for k in ("ckv", "kpe") for d in ("page", "token", "head")]
                 + [("block_table", P), ("block_table_stride_b", LL), ("cache_seqlens", P), ("visible_lens", P),
                    ("visible_lens_stride_b", LL), ("out", P), ("out_stride_b", LL), ("out_stride_s", LL),
-                   ("out_stride_h", LL), ("lse", P), ("lse_stride_b", LL), ("lse_stride_h", LL), ("lse_stride_s", LL),
+                   ("out_stride_h", LL), ("out_stride_d", LL), ("lse", P), ("lse_stride_b", LL), ("lse_stride_h", LL), ("lse_stride_s", LL),
                    ("parts", P), ("num_splits", P), ("partial_out", P), ("partial_lse", P), ("status", P)]
                 + [(n, I) for n in ("b", "s_q", "h_q", "h_kv", "heads_per_kv", "m_tiles", "num_parts", "page_size",
                                     "num_pages", "max_pages_per_seq", "causal", "fixed_split_blocks", "flags")]
@@ -95,7 +95,7 @@ class Call:
         if visible is not None:
             p.visible_lens, p.visible_lens_stride_b = visible.data_ptr(), visible.stride(0)
         p.out = self.out.data_ptr()
-        p.out_stride_b, p.out_stride_s, p.out_stride_h = self.out.stride()[:3]
+        p.out_stride_b, p.out_stride_s, p.out_stride_h, p.out_stride_d = self.out.stride()
         p.lse = self.lse.data_ptr()
         p.lse_stride_b, p.lse_stride_h, p.lse_stride_s = self.lse.stride()
         p.parts, p.num_splits = self.parts.data_ptr(), self.num_splits.data_ptr()
@@ -103,7 +103,7 @@ class Call:
         p.b, p.s_q, p.h_q, p.h_kv, p.heads_per_kv, p.m_tiles = b, s_q, h_q, h_kv, h_q // h_kv, m_tiles
         p.num_parts, p.page_size, p.num_pages, p.max_pages_per_seq = num_parts, page, pages, table.shape[1]
         p.causal, p.fixed_split_blocks = int(causal), fixed
-        vec = self.out.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in self.out.stride()[:3])
+        vec = self.out.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in self.out.stride()[:3]) and self.out.stride(3) == 1
         p.flags = int(vec)
         p.scale_log2 = (d ** -0.5 if scale is None else scale) * math.log2(math.e)
         s = self.s = Sched()

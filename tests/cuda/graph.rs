@@ -9,7 +9,7 @@ use polymla::{Mask, MlaBackend, ScheduleOptions, SplitPolicy};
 use crate::device::{Placed, Results, backend, enqueue, rebuilt};
 
 fn batch() -> Call {
-    let limits = Limits { max_b: 8, max_work: 40_000_000, out_inner_stride: false, ..Limits::deepseek() };
+    let limits = Limits { max_b: 8, max_work: 40_000_000, ..Limits::deepseek() };
     let calls = (5000..).map(|seed| random_call(seed, &limits).expect("a valid problem"));
     let long = |call: &Call| call.problem.b() >= 5 && call.cache_seqlens().iter().filter(|n| **n > 200).count() >= 3;
     let mut calls = calls.filter(|call| long(call) && call.problem.mask() != Mask::VisibleLengths);

@@ -52,7 +52,7 @@ fn random_problems() {
                     if seed >= count {
                         break;
                     }
-                    let limits = Limits { max_s_q: 16, out_inner_stride: false, ..Limits::deepseek() };
+                    let limits = Limits { max_s_q: 16, ..Limits::deepseek() };
                     let call = random_call(seed, &limits).expect("a valid problem");
                     let outcome = check_with(&backend, &call, Layout::Given, &random_options(seed));
                     if !outcome.passed() {
@@ -70,7 +70,7 @@ fn random_problems() {
 /// Calls with several requests, whose outputs a test compares bit by bit.
 fn batches(count: usize) -> Vec<Call> {
     // Small, because the reference's values come with every call.
-    let limits = Limits { max_b: 12, max_work: 20_000_000, out_inner_stride: false, ..Limits::deepseek() };
+    let limits = Limits { max_b: 12, max_work: 20_000_000, ..Limits::deepseek() };
     let calls = (1000..).map(|seed| random_call(seed, &limits).expect("a valid problem"));
     calls.filter(|call| call.problem.b() > 2 && call.cache_seqlens().iter().any(|n| *n > 100)).take(count).collect()
 }

@@ -25,7 +25,7 @@ pub(super) struct DecodeParams {
     pub(super) visible_lens: u64,
     pub(super) visible_lens_stride_b: i64,
     pub(super) out: u64,
-    pub(super) out_strides: [i64; 3],
+    pub(super) out_strides: [i64; 4],
     pub(super) lse: u64,
     pub(super) lse_strides: [i64; 3],
     pub(super) parts: u64,
@@ -71,7 +71,7 @@ pub(super) struct ScheduleParams {
 }
 
 const _: () = {
-    assert!(size_of::<DecodeParams>() == 8 * 34 + 4 * 14);
+    assert!(size_of::<DecodeParams>() == 8 * 35 + 4 * 14);
     assert!(size_of::<ScheduleParams>() == 64);
     assert!(size_of::<TensorMap>() == 128 && align_of::<TensorMap>() == 64);
     assert!(size_of::<crate::schedule::PartMetadata>() == 32);
@@ -143,6 +143,7 @@ mod tests {
             ["ckv_stride_page", "ckv_stride_token", "ckv_stride_head"],
             ["kpe_stride_page", "kpe_stride_token", "kpe_stride_head"],
             ["out_stride_b", "out_stride_s", "out_stride_h"],
+            ["out_stride_s", "out_stride_h", "out_stride_d"],
             ["lse_stride_b", "lse_stride_h", "lse_stride_s"],
         ] {
             let at: Vec<usize> = group.iter().map(|name| header[*name]).collect();

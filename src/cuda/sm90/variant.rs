@@ -47,8 +47,8 @@ impl Variant {
         usize::from(!self.bf16) * 4 + usize::from(!self.rope) * 2 + self.form as usize
     }
 
-    /// The kernel's name, but for `polymla_` before it.
-    fn name(self) -> &'static str {
+    /// The unit that holds it; the kernel's name is this with `polymla_` before it.
+    fn unit(self) -> &'static str {
         const NAMES: [&str; Variant::COUNT] = [
             "decode_bf16_d576_tma",
             "decode_bf16_d576_gather",
@@ -69,7 +69,7 @@ pub(super) const DECODE_SHARED_BYTES: u32 = 232_448;
 impl Sm90Backend {
     /// Loads what a problem needs, compiling in parallel where it has to be compiled.
     pub(super) fn prepare(&self, problem: &Problem) -> Result<()> {
-        self.loader.modules(&["combine", "decode"])?;
+        self.loader.modules(&["combine", Variant::of(problem).unit()])?;
         self.decode(Variant::of(problem))?;
         self.combine(problem).map(drop)
     }
@@ -79,8 +79,9 @@ impl Sm90Backend {
         if let Some(function) = cell.get() {
             return Ok(function);
         }
-        let name = format!("polymla_{}", variant.name());
-        let function = Function::new(&self.loader.module("decode")?, &name, DECODE_SHARED_BYTES)?;
+        let unit = variant.unit();
+        let module = self.loader.module(unit)?;
+        let function = Function::new(&module, &format!("polymla_{unit}"), DECODE_SHARED_BYTES)?;
         Ok(cell.get_or_init(|| function))
     }
 
