@@ -208,7 +208,7 @@ impl Sm90Schedule {
             SplitPolicy::Balanced { overhead_blocks } if overhead_blocks != DEFAULT_OVERHEAD_BLOCKS => {
                 8 * overhead_blocks.min(MAX_OVERHEAD_BLOCKS) as i32
             }
-            _ => 16,
+            _ => 48,
         };
         ScheduleParams { cost_segment, cost_split: 8, cost_combine: 16, min_split_blocks: 1, ..Default::default() }
     }

@@ -183,7 +183,7 @@ impl Sm90Backend {
 const COMBINE_THREADS: u32 = 256;
 
 /// Blocks of the combine kernel for each multiprocessor: they share whatever there is to merge.
-const COMBINE_BLOCKS_PER_SM: u32 = 2;
+const COMBINE_BLOCKS_PER_SM: u32 = 3;
 
 /// What the kernels are told, but for the workspace.
 fn params(
