@@ -8,9 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export POLYMLA_REQUIRE="${POLYMLA_REQUIRE:-cpu}"
-echo "== tests: default features plus the command line (required backends: $POLYMLA_REQUIRE)"
-cargo test --features cli
-echo "== tests: every feature that builds on any machine"
+echo "== tests: the command line, CPU and sm90 (required backends: $POLYMLA_REQUIRE)"
 cargo test --features cli,sm90
 echo "== the Hopper kernels compile, keep to their registers, and use the tensor cores (no GPU needed)"
 bash scripts/check-cuda.sh

@@ -28,6 +28,9 @@ pub mod schedule;
 pub mod tensor;
 pub mod workspace;
 
+/// The crate whose `bf16` and `f16` the tensors hold.
+pub use half;
+
 pub use backend::{
     BackendInfo, Evidence, HostBackend, MlaBackend, RepeatedInputs, Timing, Unsupported, flash_mla_with_kvcache, open,
     registry, select,
@@ -39,3 +42,8 @@ pub use reference::{merge_partials, scaled_dot_product_attention};
 pub use schedule::{Schedule, ScheduleOptions, SplitPolicy, get_mla_metadata};
 pub use tensor::{DType, Device, Element, TensorView, TensorViewMut};
 pub use workspace::{HostWorkspace, Workspace};
+
+/// The README's examples, compiled and run as doctests.
+#[cfg(all(doctest, feature = "cpu"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
