@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Passes the tests. Needs Rust; whatever else a step misses it installs into ignored folders, and says so.
+# Passes the tests. Needs Rust; what else a step misses it installs, and says so: Python wheels into ignored folders,
+# Debian packages by apt-get.
 #
 #   bash scripts/test.sh
 #

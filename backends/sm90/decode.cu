@@ -80,9 +80,6 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
         polymla::decode<polymla::ELEM, ROPE, GATHER>(p, &ckv, &kpe);                                         \
     }
 
-#ifdef POLYMLA_ELEM     // one kernel, for compilation at run time: Bf16 or F16, ROPE and GATHER true or false
-POLYMLA_DECODE(polymla_decode, POLYMLA_ELEM, POLYMLA_ROPE, POLYMLA_GATHER)
-#else
 // The host compiles one kernel at a time, so that a first start without nvcc compiles only what it needs.
 #ifdef POLYMLA_DECODE_NAME
 POLYMLA_DECODE(POLYMLA_DECODE_NAME, POLYMLA_DECODE_ELEM, POLYMLA_DECODE_ROPE, POLYMLA_DECODE_GATHER)
@@ -96,6 +93,5 @@ POLYMLA_DECODE(polymla_decode_f16_d576_tma, F16, true, false)
 POLYMLA_DECODE(polymla_decode_f16_d576_gather, F16, true, true)
 POLYMLA_DECODE(polymla_decode_f16_d512_tma, F16, false, false)
 POLYMLA_DECODE(polymla_decode_f16_d512_gather, F16, false, true)
-#endif
 #endif
 #endif
