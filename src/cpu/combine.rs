@@ -10,13 +10,13 @@ use super::geometry::Call;
 /// Rows a worker takes at once.
 const ROWS: usize = 16;
 
-/// The natural logarithm of the softmax's denominator, from the maximum in base 2 and the sum relative to it;
-/// +infinity where no key was seen.
-pub(super) fn lse(max: f32, sum: f32) -> f32 {
+/// The natural logarithm of the softmax's denominator, from the largest score before scaling and the sum relative to
+/// it; +infinity where no key was seen.
+pub(super) fn lse(max: f32, sum: f32, softmax_scale: f32) -> f32 {
     if max == f32::NEG_INFINITY && sum == 0.0 {
         return f32::INFINITY;
     }
-    ((f64::from(max) + f64::from(sum).log2()) * std::f64::consts::LN_2) as f32
+    (f64::from(max) * f64::from(softmax_scale) + f64::from(sum).ln()) as f32
 }
 
 /// Merges row blocks of split requests, as the counter hands them out. Splits are added in order, so that a row's bits
@@ -67,7 +67,7 @@ unsafe fn merge_row(
     request: usize,
     row: usize,
 ) {
-    let (h_q, d_v) = (call.problem.h_q(), call.problem.head_dim_v());
+    let (h_q, d_v, scale) = (call.problem.h_q(), call.problem.head_dim_v(), call.problem.softmax_scale());
     let at = |partial: usize| partial * plan.rows + row;
     // SAFETY: partial rows of this request were written; only those that saw a key have an output.
     unsafe {
@@ -75,7 +75,7 @@ unsafe fn merge_row(
         let seen = |i: &usize| state(*i) != (f32::NEG_INFINITY, 0.0);
         let max = range.clone().map(|i| state(i).0).fold(f32::NEG_INFINITY, f32::max);
         // f32::max drops NaN, which comes back through the weight.
-        let weight = |i: usize| (f64::from(state(i).0) - f64::from(max)).exp2() as f32;
+        let weight = |i: usize| ((f64::from(state(i).0) - f64::from(max)) * f64::from(scale)).exp() as f32;
         let sum: f32 = range.clone().filter(seen).map(|i| weight(i) * state(i).1).sum();
         values.fill(0.0);
         for i in range.filter(seen) {
@@ -87,6 +87,6 @@ unsafe fn merge_row(
             let reciprocal = 1.0 / sum;
             values.iter_mut().for_each(|x| *x *= reciprocal);
         }
-        call.write_row(request, row / h_q, row % h_q, values, lse(max, sum));
+        call.write_row(request, row / h_q, row % h_q, values, lse(max, sum, scale));
     }
 }

@@ -316,7 +316,7 @@ impl Job<'_> {
                     } else {
                         values.fill(0.0);
                     }
-                    self.call.write_row(tiled.request, j, head, values, combine::lse(max, sum));
+                    self.call.write_row(tiled.request, j, head, values, combine::lse(max, sum, p.softmax_scale()));
                 } else {
                     let at = tiled.item.partial as usize * self.plan.rows + j * p.h_q() + head;
                     self.partials.state.add(2 * at).write(max);

@@ -58,7 +58,7 @@ pub(super) struct Tile {
     pub kv: *mut f32,
     /// Output: [column panels][panels * 16][width] f32; a column panel is 64 wide, the last one may be narrower.
     pub o: *mut f32,
-    /// Running maximum of each row, of scores times log2(e) * softmax_scale.
+    /// Running maximum of each row, of scores as they are stored: not scaled.
     pub max: *mut f32,
     /// Running sum of each row.
     pub sum: *mut f32,

@@ -199,23 +199,24 @@ unsafe fn softmax_rows<S: Simd, W: Weights<S>, const MASKED: bool>(
             odd = S::max(odd, seen::<S, MASKED>(t + 1, limit, b, lowest));
         }
         let scale = S::splat(scale);
-        // A row that sees nothing must not compute -infinity * 0.
-        let block_max = seen::<S, MASKED>(0, limit, S::mul(S::max(even, odd), scale), lowest);
         let old_max = S::load(tile.max.add(row));
-        let max = S::max(old_max, block_max);
+        let max = S::max(old_max, S::max(even, odd));
         S::store(tile.max.add(row), max);
         // Subtracting -infinity would give NaN: such a row has seen no key at all yet, and all its weights are 0.
         let max = S::select_lt(lowest, max, max, zero);
-        let alpha = exp2::<S>(S::sub(old_max, max));
+        // The maximum is subtracted before the scale multiplies: rounding max * scale first would leave the largest
+        // weight 2^error instead of 1, and the error of a product of 1e13 is half a million. Only -infinity must not
+        // meet a scale of 0.
+        let change = S::mul(S::sub(old_max, max), scale);
+        let alpha = exp2::<S>(S::select_lt(old_max, S::splat(f32::MIN), lowest, change));
         S::store(tile.alpha.add(row), alpha);
 
-        let below = S::sub(zero, max);
         let (mut even, mut odd) = (zero, zero);
         for pair in 0..pairs {
             let t = 2 * pair;
             let (a, b) = (S::load(panel.add(t * PANEL)), S::load(panel.add((t + 1) * PANEL)));
-            let a = seen::<S, MASKED>(t, limit, exp2::<S>(S::fma(a, scale, below)), zero);
-            let b = seen::<S, MASKED>(t + 1, limit, exp2::<S>(S::fma(b, scale, below)), zero);
+            let a = seen::<S, MASKED>(t, limit, exp2::<S>(S::mul(S::sub(a, max), scale)), zero);
+            let b = seen::<S, MASKED>(t + 1, limit, exp2::<S>(S::mul(S::sub(b, max), scale)), zero);
             even = S::add(even, a);
             odd = S::add(odd, b);
             W::put(panel, pair, a, b);
