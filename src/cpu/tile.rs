@@ -75,6 +75,7 @@ pub(super) struct Tile {
     /// Panels of 16 rows.
     pub panels: usize,
     pub head_dim_k: usize,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "read by the pair kernels of x86-64 only"))]
     pub head_dim_v: usize,
     /// head_dim_v rounded up to 32.
     pub v_columns: usize,
@@ -194,6 +195,7 @@ pub(super) enum QueryForm {
     /// One f32 a column.
     F32,
     /// Two 16-bit elements a pair of columns, as they are.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "the pair kernels are x86-64's"))]
     Pairs,
 }
 
