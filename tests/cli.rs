@@ -111,6 +111,24 @@ fn a_required_backend_that_is_absent_fails() {
     assert!(text(&output.stderr).contains("abacus"), "{output:?}");
 }
 
+/// A typo in the variable must neither panic nor pass for "whatever is there".
+#[test]
+fn a_wrong_instruction_set_is_an_error_that_says_which_there_are() {
+    for wrong in ["sse9", "AVX2", " portable", "portable,avx2"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polymla"));
+        command.args(["decode", SMALL, scratch("wrong-isa.safetensors").to_str().unwrap(), "--backend", "cpu"]);
+        command.current_dir(env!("CARGO_MANIFEST_DIR")).env("POLYMLA_CPU_ISA", wrong);
+        let output = command.output().expect("the binary starts");
+        let stderr = text(&output.stderr);
+        assert!(!output.status.success(), "{wrong}: {output:?}");
+        let allowed: Vec<_> = polymla::cpu::Isa::available().iter().map(|isa| isa.name()).collect();
+        let expected = ["POLYMLA_CPU_ISA", wrong, &allowed.join(", ")];
+        assert!(expected.iter().all(|part| stderr.contains(part)), "{wrong}: {stderr}");
+        assert!(!stderr.contains("panicked"), "{wrong}: {stderr}");
+        assert!(!scratch("wrong-isa.safetensors").exists(), "{wrong}");
+    }
+}
+
 #[test]
 fn bench_times_a_shape_and_draws_it() {
     let svg = scratch("roofline.svg");
