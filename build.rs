@@ -24,16 +24,26 @@ const HIPCC_VARIABLE: &str = "POLYMLA_HIPCC";
 /// The architectures to embed kernels for, separated by commas.
 const HIP_ARCHS_VARIABLE: &str = "POLYMLA_HIP_ARCHS";
 
+/// The architectures to embed portable CUDA kernels for, separated by commas: `sm_80,sm_90`. None by default: NVRTC
+/// compiles them at first use.
+const CUDA_ARCHS_VARIABLE: &str = "POLYMLA_CUDA_ARCHS";
+
 /// Names nvcc; empty or `none` means that none is to be used.
 const NVCC_VARIABLE: &str = "POLYMLA_NVCC";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    if env::var_os("CARGO_FEATURE_HIP").is_some() {
+    let has = |feature: &str| env::var_os(format!("CARGO_FEATURE_{feature}")).is_some();
+    if has("HIP") || has("CUDA") {
         portable();
+    }
+    if has("HIP") {
         hip();
     }
-    if env::var_os("CARGO_FEATURE_SM90").is_some() {
+    if has("CUDA") {
+        cuda();
+    }
+    if has("SM90") {
         kernels("sm90", "compute_90a", "sm_90a", sm90::UNITS);
     }
 }
@@ -81,6 +91,48 @@ fn files(folder: &Path) -> String {
 fn portable() {
     println!("cargo:rerun-if-changed=src/portable/units.rs");
     fs::write(out_dir().join("portable_kernels.rs"), files(&backend_dir("portable"))).expect("OUT_DIR can be written");
+}
+
+/// Writes `cuda_kernels.rs`: the dialect, and the cubins of the architectures named.
+fn cuda() {
+    println!("cargo:rerun-if-env-changed={CUDA_ARCHS_VARIABLE}");
+    let (out, dialect) = (out_dir(), backend_dir("cuda"));
+    let mut text = files(&dialect);
+    text.push_str("pub(crate) const EMBEDDED: &[(&str, &[u8])] = &[\n");
+    let archs = env::var(CUDA_ARCHS_VARIABLE).unwrap_or_default();
+    for arch in archs.split(',').filter(|arch| !arch.is_empty()) {
+        let Some(kib) = portable_units::cuda_class(arch) else {
+            panic!("{CUDA_ARCHS_VARIABLE}: {arch} is unknown; such as sm_80,sm_90 is expected");
+        };
+        let nvcc = find_nvcc().unwrap_or_else(|| panic!("{CUDA_ARCHS_VARIABLE} names {arch}, and nvcc was not found"));
+        for (element, define) in portable_units::ELEMENTS {
+            let name = portable_units::binary_name("cuda", arch, kib, element);
+            let binary = out.join(format!("{name}.cubin"));
+            let result = Command::new(&nvcc)
+                .args(portable_units::options(kib, define))
+                .args(["-cubin", "-gencode"])
+                .arg(format!("arch={},code={arch}", arch.replace("sm_", "compute_")))
+                .arg("-I")
+                .arg(&dialect)
+                .arg("-I")
+                .arg(backend_dir("portable"))
+                .arg("-o")
+                .arg(&binary)
+                .arg(backend_dir("portable").join("portable.cu"))
+                .output();
+            match result {
+                Ok(output) if output.status.success() => {
+                    writeln!(text, "    ({name:?}, include_bytes!({:?})),", binary.display().to_string())
+                        .expect("to a string");
+                }
+                // Architectures that were named are meant to be embedded.
+                Ok(output) => panic!("{}: {name}: {}", nvcc.display(), String::from_utf8_lossy(&output.stderr)),
+                Err(e) => panic!("{}: {e}", nvcc.display()),
+            }
+        }
+    }
+    text.push_str("];\n");
+    fs::write(out.join("cuda_kernels.rs"), text).expect("OUT_DIR can be written");
 }
 
 /// Writes `hip_kernels.rs`: the dialect, and the binaries of the architectures named, where a compiler is named.

@@ -236,6 +236,13 @@ pub fn registry() -> &'static [Registration] {
             supports: crate::cuda::sm90::supports,
             open: || Ok(Box::new(crate::cuda::sm90::Sm90Backend::new()?)),
         },
+        #[cfg(feature = "cuda")]
+        Registration {
+            name: crate::cuda::portable::NAME,
+            target: "NVIDIA of compute capability 7.5 and later",
+            supports: crate::cuda::portable::supports,
+            open: || Ok(Box::new(crate::cuda::portable::first_device()?)),
+        },
         #[cfg(feature = "hip")]
         Registration {
             name: crate::driver::NAME,

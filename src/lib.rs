@@ -12,15 +12,17 @@ pub mod call;
 pub mod conformance;
 #[cfg(feature = "cpu")]
 pub mod cpu;
-#[cfg(feature = "sm90")]
+#[cfg(any(feature = "sm90", feature = "cuda"))]
 pub mod cuda;
+#[cfg(any(feature = "sm90", feature = "cuda", feature = "hip"))]
+mod device;
 #[cfg(feature = "hip")]
 pub mod driver;
 pub mod error;
 mod host;
-#[cfg(any(feature = "sm90", feature = "hip"))]
+#[cfg(any(feature = "sm90", feature = "cuda", feature = "hip"))]
 pub mod kernels;
-#[cfg(feature = "hip")]
+#[cfg(any(feature = "cuda", feature = "hip"))]
 mod portable;
 pub mod problem;
 pub mod reference;

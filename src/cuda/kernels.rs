@@ -5,19 +5,14 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::ffi::CString;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule};
-
 use super::context::Context;
 use super::nvrtc;
+use crate::device::{Api, Module};
 use crate::error::{MlaError, Result};
-use crate::kernels::{Compiled, Compiler, Compilers, DiskCache, Job, Origin, Source, Supplies};
-
-/// Names a folder to read kernel sources from instead of those built in. Saves rebuilding Rust while tuning.
-pub const KERNEL_DIR_VARIABLE: &str = "POLYMLA_KERNEL_DIR";
+use crate::kernels::{Compiled, Compiler, Compilers, DiskCache, Job, Source, Supplies, sources_of_environment};
 
 /// Name, source file, defines.
 pub(crate) type Unit = (&'static str, &'static str, &'static [&'static str]);
@@ -48,26 +43,10 @@ impl KernelSet {
 
     /// The files to compile, and whether they are the ones that the embedded cubins were made of.
     fn files(&self) -> Result<(Vec<File>, bool)> {
-        let Some(folder) = std::env::var_os(KERNEL_DIR_VARIABLE).filter(|v| !v.is_empty()) else {
-            let built_in = self.files.iter().map(|(name, text)| (Cow::Borrowed(*name), Cow::Borrowed(*text)));
-            return Ok((built_in.collect(), true));
-        };
-        let read = || -> std::io::Result<Vec<File>> {
-            let mut files = Vec::new();
-            for entry in std::fs::read_dir(&folder)? {
-                let path = entry?.path();
-                if let (Some(name), Some("cu" | "h")) =
-                    (path.file_name().and_then(|n| n.to_str()), path.extension().and_then(|e| e.to_str()))
-                {
-                    files.push((name.to_string().into(), std::fs::read_to_string(&path)?.into()));
-                }
-            }
-            // The order of a folder is no property of its files, and the key of the cache is made of all of them.
-            files.sort();
-            Ok(files)
-        };
-        let files = read().map_err(|e| self.error(KERNEL_DIR_VARIABLE, format!("{}: {e}", folder.display())))?;
-        Ok((files, false))
+        Ok(match sources_of_environment(self.backend)? {
+            Some(files) => (files.into_iter().map(|(name, text)| (name.into(), text.into())).collect(), false),
+            None => (self.files.iter().map(|(name, text)| ((*name).into(), (*text).into())).collect(), true),
+        })
     }
 
     fn options(&self, defines: &[&str]) -> Vec<String> {
@@ -120,103 +99,9 @@ pub struct CompiledKernels {
     pub units: Vec<(&'static str, Compiled)>,
 }
 
-/// A cubin loaded into a context.
-pub(crate) struct Module {
-    context: Arc<Context>,
-    handle: CUmodule,
-    origin: Origin,
-}
-
-// SAFETY: module and function handles may be used from any thread.
-unsafe impl Send for Module {}
-// SAFETY: as above.
-unsafe impl Sync for Module {}
-
-impl Module {
-    fn load(context: &Arc<Context>, cubin: &[u8], origin: Origin) -> Result<Module> {
-        let _current = context.enter()?;
-        let mut handle: CUmodule = std::ptr::null_mut();
-        // The driver reads the length from the file's own header: it must at least have one.
-        if !cubin.starts_with(b"\x7fELF") || cubin.len() < 64 {
-            return Err(MlaError::Platform {
-                backend: "cuda",
-                call: "cuModuleLoadData",
-                message: "not a cubin".into(),
-            });
-        }
-        // SAFETY: a cubin made by a compiler, whole by checksum where it comes from the disk.
-        unsafe { context.driver().cuModuleLoadData(&raw mut handle, cubin.as_ptr().cast())? };
-        Ok(Module { context: context.clone(), handle, origin })
-    }
-
-    /// Where the binary came from.
-    pub(crate) fn origin(&self) -> Origin {
-        self.origin
-    }
-}
-
-impl Drop for Module {
-    fn drop(&mut self) {
-        let current = self.context.enter();
-        // SAFETY: unloaded once, by the last of its functions.
-        let _ = current.and_then(|_current| unsafe { self.context.driver().cuModuleUnload(self.handle) });
-    }
-}
-
-/// A kernel, with the shared memory it may use.
-pub(crate) struct Function {
-    module: Arc<Module>,
-    handle: CUfunction,
-    shared_bytes: u32,
-}
-
-// SAFETY: as for `Module`.
-unsafe impl Send for Function {}
-// SAFETY: as above.
-unsafe impl Sync for Function {}
-
-impl Function {
-    /// The kernel of this name, allowed `shared_bytes` of dynamic shared memory.
-    ///
-    /// # Errors
-    /// [`MlaError::Platform`].
-    pub(crate) fn new(module: &Arc<Module>, name: &str, shared_bytes: u32) -> Result<Function> {
-        let context = &module.context;
-        let _current = context.enter()?;
-        let mut handle: CUfunction = std::ptr::null_mut();
-        let lookup = CString::new(name).unwrap_or_default();
-        // SAFETY: a live module and a null-terminated name.
-        unsafe { context.driver().cuModuleGetFunction(&raw mut handle, module.handle, lookup.as_ptr()) }.map_err(
-            |e| match e {
-                MlaError::Platform { backend, call, message } => {
-                    MlaError::Platform { backend, call, message: format!("{name}: {message}") }
-                }
-                other => other,
-            },
-        )?;
-        // Above 48 KiB a kernel has to be told.
-        if shared_bytes > 48 * 1024 {
-            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: a live function.
-            unsafe { context.driver().cuFuncSetAttribute(handle, attribute, shared_bytes as i32)? };
-        }
-        Ok(Function { module: module.clone(), handle, shared_bytes })
-    }
-
-    pub(crate) fn context(&self) -> &Arc<Context> {
-        &self.module.context
-    }
-    pub(crate) fn handle(&self) -> CUfunction {
-        self.handle
-    }
-    pub(crate) fn shared_bytes(&self) -> u32 {
-        self.shared_bytes
-    }
-}
-
 /// The modules of a kernel set in one context, each loaded when it is first needed.
 pub(crate) struct Loader {
-    context: Arc<Context>,
+    device: Arc<dyn Api>,
     set: &'static KernelSet,
     files: Vec<File>,
     use_embedded: bool,
@@ -227,11 +112,11 @@ pub(crate) struct Loader {
 
 impl Loader {
     /// # Errors
-    /// [`MlaError::Platform`] where the folder of [`KERNEL_DIR_VARIABLE`] cannot be read.
+    /// [`MlaError::Platform`] where the folder of [`KERNEL_DIR_VARIABLE`](crate::kernels::KERNEL_DIR_VARIABLE) cannot be read.
     pub(crate) fn new(context: &Arc<Context>, set: &'static KernelSet) -> Result<Loader> {
         let (files, use_embedded) = set.files()?;
         Ok(Loader {
-            context: context.clone(),
+            device: context.clone(),
             set,
             files,
             use_embedded,
@@ -276,7 +161,7 @@ impl Loader {
             cache: self.cache.as_ref(),
             compilers: &self.compilers,
         };
-        let load = |cubin: &[u8], origin| Module::load(&self.context, cubin, origin);
+        let load = |cubin: &[u8], origin| Module::load(&self.device, cubin, origin);
         self.set.with_job(&self.files, unit, |job| job.obtain(&supplies, load))
     }
 }

@@ -4,24 +4,25 @@
 //! |---|---|
 //! | `driver.rs` | the driver's functions, every return code checked |
 //! | `context.rs` | a device's context; makes it current for a call and restores what was current |
-//! | `memory.rs`, `stream.rs` | buffers, host words; borrowed streams, events, graphs |
-//! | `kernels.rs`, `nvrtc.rs` | from sources to functions, over [`crate::kernels`] |
-//! | `launch.rs` | launches, with programmatic dependence |
+//! | `api.rs` | memory, streams, launches, for [`crate::device`] |
+//! | `kernels.rs`, `nvrtc.rs` | from sources to binaries, over [`crate::kernels`] |
 //! | `sm90/` | the Hopper backend |
+//! | `portable.rs` | the portable kernels on every other device |
 
+mod api;
 mod context;
 mod driver;
+#[cfg(feature = "sm90")]
 mod kernels;
-mod launch;
-mod memory;
 mod nvrtc;
+#[cfg(feature = "cuda")]
+pub mod portable;
 #[cfg(feature = "sm90")]
 pub mod sm90;
-mod stream;
 
-pub use kernels::{CompiledKernels, KERNEL_DIR_VARIABLE};
-pub use memory::DeviceBuffer;
+#[cfg(feature = "sm90")]
+pub use kernels::CompiledKernels;
 pub use nvrtc::NVRTC_VARIABLE;
-pub use stream::{Graph, OwnedStream, Stream};
 
-pub use crate::kernels::{CACHE_VARIABLE, Compiled};
+pub use crate::device::{DeviceBuffer, Graph, HostPlan, OwnedStream, Stream};
+pub use crate::kernels::{CACHE_VARIABLE, Compiled, KERNEL_DIR_VARIABLE};

@@ -4,10 +4,10 @@
 
 use std::sync::OnceLock;
 
-use super::kernels::Dialect;
 use super::table::{Driver, Symbols};
 use super::vendor::{Attributes, Vendor};
 use crate::kernels::Names;
+use crate::portable::{Dialect, units};
 
 /// The feature's, the backend's and the platform's name.
 pub const NAME: &str = "hip";
@@ -93,7 +93,14 @@ pub(super) static VENDOR: Vendor = Vendor {
     },
     folders: &[("ROCM_PATH", "/opt/rocm", "lib"), ("DTKROOT", "/opt/dtk", "lib"), ("DTKROOT", "/opt/dtk", "hip/lib")],
     symbols: &SYMBOLS,
-    kernels: Dialect { files: built::FILES, warp: 64, embedded: built::EMBEDDED, arch_option: "--offload-arch=" },
+    kernels: Dialect {
+        platform: NAME,
+        files: built::FILES,
+        embedded: built::EMBEDDED,
+        options: units::hiprtc_options,
+        extension: "co",
+    },
+    warp: 64,
     attributes: ATTRIBUTES,
     host_alloc_flags: HOST_ALLOC_FLAGS,
     compiler: &COMPILER,

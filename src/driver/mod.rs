@@ -7,39 +7,32 @@
 //! | `hip.rs` | AMD and Hygon |
 //! | `hip_linked.rs` | the same table from linked symbols (feature `hip-sys`) |
 //! | `device.rs` | a device, what is asked of it, the guard that makes it current |
-//! | `memory.rs`, `stream.rs` | buffers, a host word; streams, events |
-//! | `module.rs`, `kernels.rs` | binaries, kernels, launches; where they come from |
-//! | `plan.rs`, `backend.rs` | the schedule on the device; the backend |
+//! | `api.rs` | memory, streams, launches, for [`crate::device`] |
+//! | `backend.rs` | the portable backend on such a device |
 //!
 //! # Adding a vendor
 //! One file beside `hip.rs` (names, numbers, search order), one dialect header under `backends/`, one row in the
 //! registry.
 
+mod api;
 mod backend;
 mod device;
 mod hip;
 #[cfg(feature = "hip-sys")]
 mod hip_linked;
-mod kernels;
-mod memory;
-mod module;
-mod plan;
-mod stream;
 mod table;
 mod vendor;
 
 use std::path::PathBuf;
 
-pub use backend::DriverBackend;
 pub use hip::{COMPILER_VARIABLE, LIBRARY_VARIABLE, NAME};
-pub use kernels::MODULE_DIR_VARIABLE;
-pub use memory::DriverBuffer;
-pub use plan::DriverSchedule;
-pub use stream::{OwnedStream, Stream};
 
 use crate::backend::Unsupported;
+pub use crate::device::{DeviceBuffer, HostPlan, OwnedStream, Stream};
 use crate::error::{MlaError, Result};
 pub use crate::kernels::{CACHE_VARIABLE, Compiled};
+use crate::kernels::Compilers;
+pub use crate::portable::{MODULE_DIR_VARIABLE, PortableBackend, PortableSchedule};
 use crate::portable::{self, units};
 use crate::problem::Problem;
 
@@ -47,16 +40,16 @@ use crate::problem::Problem;
 ///
 /// # Errors
 /// [`MlaError::Absent`] with the reason: no library (which were tried), no device, no way to get kernels.
-pub fn hip() -> Result<DriverBackend> {
-    DriverBackend::open(&hip::VENDOR, None)
+pub fn hip() -> Result<PortableBackend> {
+    backend::open(&hip::VENDOR, None)
 }
 
 /// Opens device `ordinal` of HIP.
 ///
 /// # Errors
 /// As [`hip`].
-pub fn hip_device(ordinal: u32) -> Result<DriverBackend> {
-    DriverBackend::open(&hip::VENDOR, Some(ordinal))
+pub fn hip_device(ordinal: u32) -> Result<PortableBackend> {
+    backend::open(&hip::VENDOR, Some(ordinal))
 }
 
 /// Whether the portable kernels can serve `problem` through HIP.
@@ -91,7 +84,7 @@ pub fn kernel_source(arch: &str) -> Result<KernelSource> {
         let options = units::options(kib, define).into_iter().chain(units::clang_options(arch));
         (units::binary_name(NAME, arch, kib, element), options.collect())
     };
-    Ok(KernelSource { text: hip::VENDOR.source()?, binaries: units::ELEMENTS.into_iter().map(binary).collect() })
+    Ok(KernelSource { text: hip::VENDOR.kernels.source()?, binaries: units::ELEMENTS.into_iter().map(binary).collect() })
 }
 
 /// Compiles the kernels with the run-time compiler found here. Needs no device. Old versions of the compiler abort the
@@ -100,7 +93,9 @@ pub fn kernel_source(arch: &str) -> Result<KernelSource> {
 /// # Errors
 /// As [`kernel_source`]; [`MlaError::Platform`] with the compiler's log.
 pub fn compile_kernels(arch: &str) -> Result<Vec<(&'static str, Compiled)>> {
-    hip::VENDOR.compile(arch, class_of(arch)?)
+    let vendor = &hip::VENDOR;
+    let compilers = Compilers::new(vendor.compiler, vendor.compilers(vendor.candidates()));
+    vendor.kernels.compile(&compilers, arch, class_of(arch)?)
 }
 
 fn class_of(arch: &str) -> Result<u32> {

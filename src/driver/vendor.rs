@@ -4,9 +4,9 @@ use std::ffi::c_int;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use super::kernels::Dialect;
 use super::table::{Driver, Symbols};
 use crate::kernels::Names;
+use crate::portable::Dialect;
 
 /// A vendor whose programming interface has the shape of [`super::table`].
 pub(super) struct Vendor {
@@ -21,8 +21,9 @@ pub(super) struct Vendor {
     /// Folders to look in beside the loader's path: an environment variable with its default, and what follows it.
     pub(super) folders: &'static [(&'static str, &'static str, &'static str)],
     pub(super) symbols: &'static Symbols,
-    /// The kernels in this vendor's dialect.
+    /// The kernels in this vendor's dialect, and the lanes of a warp that it is written for.
     pub(super) kernels: Dialect,
+    pub(super) warp: u32,
     pub(super) attributes: Attributes,
     /// Flags of a host allocation that kernels can reach, from every context.
     pub(super) host_alloc_flags: u32,

@@ -5,13 +5,17 @@
 //! | `obtain.rs` | the order in which a binary is looked for: embedded, module folder, disk cache, compiler |
 //! | `rtc.rs` | a run-time compiler, by the names of its functions |
 //! | `cache.rs` | compiled kernels on disk |
+//! | `folder.rs` | sources from a folder, for tuning |
 
 mod cache;
+mod folder;
 mod obtain;
 mod rtc;
 
 pub use cache::CACHE_VARIABLE;
 pub(crate) use cache::DiskCache;
+pub use folder::KERNEL_DIR_VARIABLE;
+pub(crate) use folder::sources_of_environment;
 pub(crate) use obtain::{Compilers, Job, Origin, Supplies};
 pub use rtc::Compiled;
 #[cfg(feature = "sm90")]

@@ -55,9 +55,6 @@ pub(crate) const FLAG_KV_VEC16: i32 = 2;
 /// `FLAG_OUT_VEC`: every row of out is 8-byte aligned and its innermost stride is 1.
 pub(crate) const FLAG_OUT_VEC: i32 = 4;
 
-/// `STATUS_OK`: the status word while nothing is wrong.
-pub(crate) const STATUS_OK: i32 = i32::MAX;
-
 /// `polymla::ScheduleParams`.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[repr(C)]

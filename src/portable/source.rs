@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fmt::Write as _;
 
 /// Files by name. A name may occur in a dialect's folder and in the portable one.
-pub(crate) type Files = &'static [(&'static str, &'static str)];
+pub(crate) type Files<'a> = &'a [(&'a str, &'a str)];
 
 /// Where the kernels are.
 pub(crate) const ROOT: &str = "portable.cu";
@@ -13,23 +13,23 @@ pub(crate) const ROOT: &str = "portable.cu";
 ///
 /// # Errors
 /// The file that is missing.
-pub(crate) fn self_contained(dialect: Files, portable: Files) -> Result<String, String> {
+pub(crate) fn self_contained(dialect: Files<'_>, portable: Files<'_>) -> Result<String, String> {
     let mut writer =
         Writer { folders: [dialect, portable], done: HashSet::new(), within: Vec::new(), text: String::new() };
     writer.insert(ROOT, false)?;
     Ok(writer.text)
 }
 
-struct Writer {
-    folders: [Files; 2],
+struct Writer<'a> {
+    folders: [Files<'a>; 2],
     /// Files that stand in the text whatever the conditions come to.
-    done: HashSet<&'static str>,
+    done: HashSet<&'a str>,
     /// Files that are being inserted.
-    within: Vec<&'static str>,
+    within: Vec<&'a str>,
     text: String,
 }
 
-impl Writer {
+impl Writer<'_> {
     /// Inserts a file, once. Inside a condition (`conditional`) it may be left out by the compiler, so it is inserted
     /// again where it is included next; a guard keeps it from counting twice.
     fn insert(&mut self, name: &str, conditional: bool) -> Result<(), String> {
@@ -72,7 +72,7 @@ impl Writer {
 mod tests {
     use super::*;
 
-    const PORTABLE: Files = &[
+    const PORTABLE: Files<'static> = &[
         (ROOT, "#include \"dialect.h\"\n#include \"a.h\"\nroot\n"),
         ("a.h", "#pragma once\n#include \"dialect.h\"\nportable a\n"),
         ("dialect.h", "never\n"),
@@ -92,7 +92,7 @@ mod tests {
     /// What a condition may leave out stands again where it is included without one.
     #[test]
     fn files_in_conditions_do_not_count_as_included() {
-        let dialect: Files = &[("dialect.h", "#pragma once\n#if SOME\n#include \"a.h\"\n#endif\ndialect\n")];
+        let dialect: Files<'_> = &[("dialect.h", "#pragma once\n#if SOME\n#include \"a.h\"\n#endif\ndialect\n")];
         let text = self_contained(dialect, PORTABLE).expect("complete");
         assert_eq!(plain(&text), ["portable a", "dialect", "portable a", "root"]);
     }

@@ -10,9 +10,44 @@ pub(crate) fn hip_class(arch: &str) -> Option<u32> {
     known.then_some(if arch == "gfx950" { 163 } else { 64 })
 }
 
+/// The tile class of an NVIDIA architecture, in KiB; `None` where it is unknown.
+#[allow(dead_code, reason = "for build.rs")]
+pub(crate) fn cuda_class(arch: &str) -> Option<u32> {
+    Some(match arch {
+        "sm_75" => 64,
+        "sm_80" | "sm_87" => 163,
+        "sm_86" | "sm_89" | "sm_120" | "sm_121" => 99,
+        "sm_90" | "sm_100" | "sm_103" => 227,
+        _ => return None,
+    })
+}
+
 /// What decides the code: standard, optimisation, class, elements.
 pub(crate) fn options(kib: u32, element: &str) -> Vec<String> {
     vec!["-std=c++17".into(), "-O3".into(), format!("-DPOLYMLA_SMEM_KIB={kib}"), element.into()]
+}
+
+/// Lanes of a warp of every CUDA device.
+#[allow(dead_code, reason = "for the CUDA backend; build.rs includes this file too")]
+pub(crate) const CUDA_WARP: u32 = 32;
+
+/// What NVRTC is told: architecture (`sm_90`), class, elements.
+#[allow(dead_code, reason = "for the CUDA backend; build.rs includes this file too")]
+pub(crate) fn nvrtc_options(arch: &str, kib: u32, element: &str) -> Vec<String> {
+    vec![
+        "-std=c++17".into(),
+        format!("--gpu-architecture={arch}"),
+        format!("-DPOLYMLA_SMEM_KIB={kib}"),
+        element.into(),
+    ]
+}
+
+/// What hiprtc is told beside its defaults.
+#[allow(dead_code, reason = "for the HIP backend; build.rs includes this file too")]
+pub(crate) fn hiprtc_options(arch: &str, kib: u32, element: &str) -> Vec<String> {
+    let mut options = options(kib, element);
+    options.push(format!("--offload-arch={arch}"));
+    options
 }
 
 /// The name of a binary, without its extension.

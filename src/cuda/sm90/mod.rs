@@ -23,18 +23,19 @@ use std::time::Duration;
 
 use super::context::Context;
 use super::driver::{Driver, PLATFORM};
-use super::kernels::{CompiledKernels, Function, KernelSet, Loader, Unit};
-use super::memory::DeviceBuffer;
-use super::stream::{Event, OwnedStream, Stream};
+use super::kernels::{CompiledKernels, KernelSet, Loader, Unit};
 use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
 use crate::call::{Inputs, Outputs};
+use crate::device::{Api, DeviceBuffer, Event, FLUSH_BYTES, Function, OwnedStream, Stream};
 use crate::error::{MlaError, Result};
 use crate::problem::{KvFormat, Problem};
 use crate::schedule::ScheduleOptions;
 use crate::tensor::{TensorView, TensorViewMut};
 use crate::workspace::Workspace;
 
-pub use plan::{HostPlan, Sm90Schedule};
+pub use plan::Sm90Schedule;
+
+pub use crate::device::HostPlan;
 use variant::Variant;
 
 /// The backend's name.
@@ -42,9 +43,6 @@ pub const NAME: &str = "sm90";
 
 /// The one compute capability that `sm_90a` code runs on.
 const COMPUTE_CAPABILITY: (u32, u32) = (9, 0);
-
-/// Bytes written between timed runs: several times the L2 of any device.
-const FLUSH_BYTES: usize = 1 << 30;
 
 mod built {
     include!(concat!(env!("OUT_DIR"), "/sm90_kernels.rs"));
@@ -56,6 +54,7 @@ static KERNELS: KernelSet =
 /// MLA decoding on an NVIDIA Hopper device.
 pub struct Sm90Backend {
     context: Arc<Context>,
+    device: Arc<dyn Api>,
     info: BackendInfo,
     loader: Loader,
     schedule: Function,
@@ -173,7 +172,8 @@ impl Sm90Backend {
         };
         let combine = std::array::from_fn(|_| OnceLock::new());
         let decode = std::array::from_fn(|_| OnceLock::new());
-        Ok(Sm90Backend { context, info, loader, schedule, combine, decode, flush: Mutex::new(None) })
+        let device: Arc<dyn Api> = context.clone();
+        Ok(Sm90Backend { context, device, info, loader, schedule, combine, decode, flush: Mutex::new(None) })
     }
 
     /// A stream of its own: for callers that have none, and to capture graphs.
@@ -181,7 +181,7 @@ impl Sm90Backend {
     /// # Errors
     /// [`MlaError::Platform`].
     pub fn create_stream(&self) -> Result<OwnedStream> {
-        OwnedStream::new(&self.context)
+        OwnedStream::new(&self.device)
     }
 }
 
@@ -199,21 +199,15 @@ impl MlaBackend for Sm90Backend {
     }
 
     fn alloc(&self, bytes: usize) -> Result<DeviceBuffer> {
-        DeviceBuffer::alloc(&self.context, bytes)
+        DeviceBuffer::alloc(&self.device, bytes)
     }
 
     fn upload(&self, bytes: &[u8]) -> Result<DeviceBuffer> {
-        let mut buffer = self.alloc(bytes.len())?;
-        buffer.write(0, bytes)?;
-        Ok(buffer)
+        DeviceBuffer::repeated(&self.device, bytes, bytes.len())
     }
 
     fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<DeviceBuffer> {
-        let tile = &tile[..tile.len().min(bytes)];
-        let mut buffer = self.alloc(bytes)?;
-        buffer.write(0, tile)?;
-        buffer.repeat(tile.len())?;
-        Ok(buffer)
+        DeviceBuffer::repeated(&self.device, tile, bytes)
     }
 
     fn download(&self, buffer: &DeviceBuffer, bytes: &mut [u8]) -> Result<()> {
@@ -221,18 +215,7 @@ impl MlaBackend for Sm90Backend {
     }
 
     fn view<'a>(&self, param: &'static str, buffer: &'a DeviceBuffer, like: &TensorView<'_>) -> Result<TensorView<'a>> {
-        // SAFETY: the buffer's memory, borrowed for 'a; freeing it waits for enqueued work.
-        unsafe {
-            TensorView::from_raw_parts(
-                param,
-                buffer.address(),
-                buffer.bytes() as u64,
-                like.dtype(),
-                like.shape(),
-                like.strides(),
-                self.info.device,
-            )
-        }
+        buffer.view(param, like)
     }
 
     fn view_mut<'a>(
@@ -241,23 +224,11 @@ impl MlaBackend for Sm90Backend {
         buffer: &'a mut DeviceBuffer,
         like: &TensorView<'_>,
     ) -> Result<TensorViewMut<'a>> {
-        // SAFETY: as in `view`, and the borrow is exclusive.
-        unsafe {
-            TensorViewMut::from_raw_parts(
-                param,
-                buffer.address(),
-                buffer.bytes() as u64,
-                like.dtype(),
-                like.shape(),
-                like.strides(),
-                self.info.device,
-            )
-        }
+        buffer.view_mut(param, like)
     }
 
     fn workspace<'a>(&self, buffer: &'a mut DeviceBuffer) -> Workspace<'a> {
-        // SAFETY: the buffer's memory, borrowed exclusively for 'a; freeing it waits for enqueued work.
-        unsafe { Workspace::from_raw_parts(buffer.address(), buffer.bytes(), self.info.device) }
+        buffer.workspace()
     }
 
     fn schedule(
@@ -271,7 +242,7 @@ impl MlaBackend for Sm90Backend {
         inputs.validate(problem, self.info.device)?;
         // Kernels are loaded here, so that `run` finds them in place.
         self.prepare(problem)?;
-        let mut schedule = Sm90Schedule::new(&self.context, problem, options)?;
+        let mut schedule = Sm90Schedule::new(&self.device, self.context.facts().multiprocessors, problem, options)?;
         schedule.plan(&self.schedule, problem, &inputs.cache_seqlens, stream)?;
         Ok(schedule)
     }
@@ -293,11 +264,8 @@ impl MlaBackend for Sm90Backend {
     }
 
     fn finish(&self, schedule: &Sm90Schedule, stream: Stream) -> Result<()> {
-        {
-            let _current = self.context.enter()?;
-            // SAFETY: the stream is alive, by the promise of `Stream::from_raw`.
-            unsafe { self.context.driver().cuStreamSynchronize(stream.raw())? };
-        }
+        // SAFETY: the stream is alive, by the promise of `Stream::from_raw`.
+        unsafe { self.device.stream_synchronize(stream)? };
         match schedule.take_failure() {
             None => Ok(()),
             Some(request) => Err(MlaError::DeviceCheck { request, reason: plan::FAILURE }),
@@ -310,11 +278,7 @@ impl MlaBackend for Sm90Backend {
         stream: Stream,
         work: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Duration> {
-        let (start, end) = (Event::new(&self.context)?, Event::new(&self.context)?);
-        start.record(stream)?;
-        work()?;
-        end.record(stream)?;
-        let took = end.since(&start)?;
+        let took = Event::around(&self.device, stream, work)?;
         self.finish(schedule, stream)?;
         Ok(took)
     }

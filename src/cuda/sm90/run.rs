@@ -6,13 +6,12 @@ use cudarc::driver::sys::CUtensorMap;
 
 use super::maps::CachePart;
 use super::params::{DecodeParams, FLAG_OUT_VEC16, TensorMap};
-use super::plan::{Sm90Schedule, usable_pages_per_seq};
+use super::plan::Sm90Schedule;
 use super::variant::{Form, Variant, m_tiles};
 use super::{NAME, Sm90Backend};
 use crate::backend::Unsupported;
 use crate::call::{Inputs, KvCache, Outputs, Query};
-use crate::cuda::launch::Launch;
-use crate::cuda::stream::Stream;
+use crate::device::{Launch, Stream, usable_pages_per_seq};
 use crate::error::{MlaError, Result};
 use crate::problem::{Mask, Problem};
 use crate::tensor::TensorView;
@@ -201,7 +200,7 @@ fn params(
         KvCache::Split { ckv, kpe } => rows_apart(problem, ("ckv", ckv), Some(("kpe", kpe.as_ref())))?,
     };
     let (out, lse) = (outputs.out.as_view(), outputs.lse.as_view());
-    let (parts, num_splits, status) = schedule.addresses();
+    let plan = schedule.addresses();
     let address = |view: &TensorView<'_>| view.address().unwrap_or(0);
     let aligned = address(&out).is_multiple_of(ROW_ALIGN)
         && out.strides()[3] == 1
@@ -226,9 +225,9 @@ fn params(
         lse: address(&lse),
         // The contract's order is b, h_q, s_q, as here.
         lse_strides: signed(lse.strides()),
-        parts,
-        num_splits,
-        status,
+        parts: plan.parts,
+        num_splits: plan.num_splits,
+        status: plan.status,
         b: problem.b() as i32,
         s_q: problem.s_q() as i32,
         h_q: problem.h_q() as i32,

@@ -1,7 +1,7 @@
 //! Which decode kernel serves which problem.
 
 use super::Sm90Backend;
-use crate::cuda::kernels::Function;
+use crate::device::Function;
 use crate::error::Result;
 use crate::problem::{BLOCK_TOKENS, Problem};
 use crate::tensor::DType;
