@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use polymla::conformance::random::{Limits, random_call, random_options};
 use polymla::conformance::{Layout, POLICIES, check, check_with, golden};
-use polymla::driver::{self, DriverBackend};
+use polymla::driver::{self, PortableBackend};
 use polymla::{
-    Device, HostBackend, Inputs, KvCache, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions, SplitPolicy,
-    TensorView, TensorViewMut, get_mla_metadata,
+    Device, Evidence, HostBackend, Inputs, KvCache, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions,
+    SplitPolicy, TensorView, TensorViewMut, get_mla_metadata,
 };
 
 fn library() -> PathBuf {
@@ -51,6 +51,7 @@ fn the_backend_is_right_from_library_to_result() {
     let info = MlaBackend::info(&backend);
     assert_eq!(info.device, Device::Accelerator { platform: "hip", ordinal: 1 }, "device 0 has waves of 32");
     assert!(info.device_name.contains("gfx90a") && info.device_name.contains("compiled by hiprtc"), "{info:?}");
+    assert_eq!(info.evidence, Evidence::T3, "the library says that it stands in for the vendor's");
     let cached = driver::hip_device(1).expect("again");
     assert!(MlaBackend::info(&cached).device_name.contains("disk cache"), "{cached:?}");
     let refused = driver::hip_device(0).expect_err("waves of 32").to_string();
@@ -66,7 +67,7 @@ fn the_backend_is_right_from_library_to_result() {
 }
 
 /// Golden files that are small enough for emulation.
-fn golden_files(backend: &DriverBackend) {
+fn golden_files(backend: &PortableBackend) {
     for file in
         ["dense_bf16_b2_sq4_hq9_shorter_than_sq", "dense_bf16_b6_sq2_hq16_zero_len", "dense_fp16_b2_sq4_hq16_causal"]
     {
@@ -79,7 +80,7 @@ fn golden_files(backend: &DriverBackend) {
     }
 }
 
-fn random_problems(backend: &DriverBackend) {
+fn random_problems(backend: &PortableBackend) {
     let small = Limits { max_tokens: 300, max_work: 2_000_000, ..Limits::any() };
     let tuned = Limits {
         max_b: 4,
@@ -100,7 +101,7 @@ fn random_problems(backend: &DriverBackend) {
 }
 
 /// A small call on the device with these lengths; `body` gets its tensors.
-fn with_call(backend: &DriverBackend, lengths: &[i32], body: impl FnOnce(&Problem, &Inputs<'_>, &mut Outputs<'_>)) {
+fn with_call(backend: &PortableBackend, lengths: &[i32], body: impl FnOnce(&Problem, &Inputs<'_>, &mut Outputs<'_>)) {
     let b = lengths.len();
     let problem = Problem::builder(b).h_q(3).num_pages(4).max_pages_per_seq(4).build().expect("valid");
     let upload = |bytes: &[u8]| backend.upload(bytes).expect("upload");
@@ -130,7 +131,7 @@ fn with_call(backend: &DriverBackend, lengths: &[i32], body: impl FnOnce(&Proble
 }
 
 /// The device's plan is the host's, and planning again in place serves a smaller batch.
-fn schedules(backend: &DriverBackend) {
+fn schedules(backend: &PortableBackend) {
     let lengths = [200, 0, 64, 1, 130];
     for policy in [SplitPolicy::Balanced { overhead_blocks: 1 }, SplitPolicy::BatchInvariant { split_blocks: 2 }] {
         with_call(backend, &lengths, |problem, inputs, _| {
@@ -138,9 +139,9 @@ fn schedules(backend: &DriverBackend) {
             let stream = backend.create_stream().expect("a stream");
             let mut schedule = backend.schedule(problem, &options, inputs, stream.stream()).expect("a schedule");
             let want = get_mla_metadata(&lengths, 3, policy).expect("a plan");
-            let (parts, num_splits) = schedule.to_host().expect("a copy");
+            let plan = schedule.to_host().expect("a copy");
             assert_eq!(
-                (&parts[..], &num_splits[..]),
+                (&plan.tile_scheduler_metadata[..], &plan.num_splits[..]),
                 (want.tile_scheduler_metadata(), want.num_splits()),
                 "{policy:?}"
             );
@@ -150,7 +151,7 @@ fn schedules(backend: &DriverBackend) {
                 backend.schedule_into(&mut schedule, &fewer, &inputs.cache_seqlens, stream.stream()).expect("again");
             });
             let want = get_mla_metadata(&lengths[..2], 3, policy).expect("a plan");
-            assert_eq!(schedule.to_host().expect("a copy").1, want.num_splits());
+            assert_eq!(schedule.to_host().expect("a copy").num_splits, want.num_splits());
             let error = backend.schedule_into(&mut schedule, problem, &inputs.block_table, stream.stream());
             assert!(matches!(error, Err(MlaError::Shape { param: "cache_seqlens", .. })), "{error:?}");
         });
@@ -158,7 +159,7 @@ fn schedules(backend: &DriverBackend) {
 }
 
 /// What only the device sees is reported by `finish`, once.
-fn bad_lengths_are_reported(backend: &DriverBackend) {
+fn bad_lengths_are_reported(backend: &PortableBackend) {
     for (bad, request) in [([64, -1, 9], 1), ([64, 9, 257], 2)] {
         with_call(backend, &bad, |problem, inputs, outputs| {
             let stream = Default::default();

@@ -211,9 +211,7 @@ impl Api for Context {
         // SAFETY: as said above; the graph was just made, and is destroyed where it makes no executable.
         unsafe {
             self.driver().cuStreamEndCapture(raw(stream), &raw mut graph)?;
-            if !discard
-                && let Err(e) = self.driver().cuGraphInstantiateWithFlags(&raw mut exec, graph, 0)
-            {
+            if !discard && let Err(e) = self.driver().cuGraphInstantiateWithFlags(&raw mut exec, graph, 0) {
                 let _ = self.driver().cuGraphDestroy(graph);
                 return Err(e);
             }

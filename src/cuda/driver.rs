@@ -11,8 +11,12 @@ use std::sync::OnceLock;
 
 use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdevice_attribute, CUevent, CUfunction, CUfunction_attribute, CUgraph, CUgraphExec,
-    CUlaunchConfig, CUmodule, CUstream, CUstreamCaptureMode, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill,
-    CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
+    CUlaunchConfig, CUmodule, CUstream, CUstreamCaptureMode,
+};
+#[cfg(feature = "sm90")]
+use cudarc::driver::sys::{
+    CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion,
+    CUtensorMapSwizzle,
 };
 
 use crate::error::{MlaError, Result};
@@ -27,7 +31,7 @@ pub(crate) type DevicePtr = u64;
 
 /// Declares the table: a private pointer and a checked method of the driver's own name for each function.
 macro_rules! table {
-    ($(fn $name:ident($($arg:ident: $type:ty),* $(,)?);)*) => {
+    ($($(#[$attribute:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?);)*) => {
         /// The driver, loaded and initialised.
         pub(crate) struct Driver {
             pointers: Pointers,
@@ -37,7 +41,7 @@ macro_rules! table {
         struct Pointers {
             cuGetErrorName: unsafe extern "C" fn(Code, *mut *const c_char) -> Code,
             cuGetErrorString: unsafe extern "C" fn(Code, *mut *const c_char) -> Code,
-            $($name: unsafe extern "C" fn($($type),*) -> Code,)*
+            $($(#[$attribute])* $name: unsafe extern "C" fn($($type),*) -> Code,)*
         }
 
         impl Pointers {
@@ -56,13 +60,14 @@ macro_rules! table {
                 Ok(Pointers {
                     cuGetErrorName: symbol!(cuGetErrorName),
                     cuGetErrorString: symbol!(cuGetErrorString),
-                    $($name: symbol!($name),)*
+                    $($(#[$attribute])* $name: symbol!($name),)*
                 })
             }
         }
 
         impl Driver {
             $(
+                $(#[$attribute])*
                 /// # Safety
                 /// As cuda.h says of the function of this name.
                 #[allow(clippy::too_many_arguments)]
@@ -110,6 +115,7 @@ table! {
         params: *mut *mut c_void,
         extra: *mut *mut c_void,
     );
+    #[cfg(feature = "sm90")]
     fn cuTensorMapEncodeTiled(
         map: *mut CUtensorMap,
         data_type: CUtensorMapDataType,

@@ -10,8 +10,8 @@ use crate::backend::{Evidence, Unsupported};
 use crate::device::Api;
 use crate::error::{MlaError, Result};
 use crate::kernels::Compilers;
-pub use crate::portable::{MODULE_DIR_VARIABLE, PortableBackend, PortableSchedule};
 use crate::portable::{self, Dialect, Kernels, TileClass, units};
+pub use crate::portable::{MODULE_DIR_VARIABLE, PortableBackend, PortableSchedule};
 use crate::problem::Problem;
 
 /// The backend's name.
@@ -94,9 +94,8 @@ fn open(context: Arc<Context>) -> Result<PortableBackend> {
     if facts.compute_capability < COMPUTE_CAPABILITY {
         return Err(refuse("compute capability", format!("{major}.{minor}"), "7.5 and later"));
     }
-    let class = TileClass::of(units::CUDA_WARP, facts.shared_memory_per_block).ok_or_else(|| {
-        refuse("shared memory a block", facts.shared_memory_per_block.to_string(), "64 KiB or more")
-    })?;
+    let class = TileClass::of(units::CUDA_WARP, facts.shared_memory_per_block)
+        .ok_or_else(|| refuse("shared memory a block", facts.shared_memory_per_block.to_string(), "64 KiB or more"))?;
     let compilers = Compilers::new(&nvrtc::NAMES, nvrtc::candidates(context.driver().version().0));
     let device: Arc<dyn Api> = context;
     let kernels = Kernels::new(&device, &DIALECT, format!("sm_{major}{minor}"), class, compilers)?;

@@ -21,7 +21,9 @@ pub use memory::DeviceBuffer;
 pub(crate) use memory::HostWord;
 pub(crate) use module::{Function, Launch, Module};
 pub use plan::HostPlan;
-pub(crate) use plan::{DevicePlan, Plan, PlanAddresses, STATUS_OK, usable_pages_per_seq};
+#[cfg(feature = "sm90")]
+pub(crate) use plan::PlanAddresses;
+pub(crate) use plan::{DevicePlan, Plan, STATUS_OK, usable_pages_per_seq};
 pub(crate) use stream::Event;
 pub use stream::{Graph, OwnedStream, Stream};
 

@@ -167,8 +167,6 @@ impl Api for Accelerator {
         let _current = self.enter()?;
         let (list, extra) = (params.as_mut_ptr(), std::ptr::null_mut());
         // SAFETY: the list lives through the call; the rest is the caller's promise.
-        unsafe {
-            self.driver.launch(function, x, y, z, block, 1, 1, shared_bytes, stream.raw(), list, extra)
-        }
+        unsafe { self.driver.launch(function, x, y, z, block, 1, 1, shared_bytes, stream.raw(), list, extra) }
     }
 }

@@ -39,9 +39,8 @@ fn on(device: Arc<Accelerator>) -> Result<PortableBackend> {
     if facts.warp_size != vendor.warp {
         return Err(refuse("warp size", facts.warp_size.to_string(), &vendor.warp.to_string()));
     }
-    let class = TileClass::of(facts.warp_size, facts.shared_memory_per_block).ok_or_else(|| {
-        refuse("shared memory a block", facts.shared_memory_per_block.to_string(), "64 KiB or more")
-    })?;
+    let class = TileClass::of(facts.warp_size, facts.shared_memory_per_block)
+        .ok_or_else(|| refuse("shared memory a block", facts.shared_memory_per_block.to_string(), "64 KiB or more"))?;
     let compilers = Compilers::new(vendor.compiler, vendor.compilers([driver.library.clone().into()]));
     let device: Arc<dyn crate::device::Api> = device;
     let kernels = Kernels::new(&device, &vendor.kernels, facts.arch.clone(), class, compilers)?;

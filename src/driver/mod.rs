@@ -28,12 +28,12 @@ use std::path::PathBuf;
 pub use hip::{COMPILER_VARIABLE, LIBRARY_VARIABLE, NAME};
 
 use crate::backend::Unsupported;
-pub use crate::device::{DeviceBuffer, HostPlan, OwnedStream, Stream};
+pub use crate::device::{DeviceBuffer, Graph, HostPlan, OwnedStream, Stream};
 use crate::error::{MlaError, Result};
-pub use crate::kernels::{CACHE_VARIABLE, Compiled};
 use crate::kernels::Compilers;
-pub use crate::portable::{MODULE_DIR_VARIABLE, PortableBackend, PortableSchedule};
+pub use crate::kernels::{CACHE_VARIABLE, Compiled};
 use crate::portable::{self, units};
+pub use crate::portable::{MODULE_DIR_VARIABLE, PortableBackend, PortableSchedule};
 use crate::problem::Problem;
 
 /// Opens the first device of HIP that the kernels run on.
@@ -84,7 +84,10 @@ pub fn kernel_source(arch: &str) -> Result<KernelSource> {
         let options = units::options(kib, define).into_iter().chain(units::clang_options(arch));
         (units::binary_name(NAME, arch, kib, element), options.collect())
     };
-    Ok(KernelSource { text: hip::VENDOR.kernels.source()?, binaries: units::ELEMENTS.into_iter().map(binary).collect() })
+    Ok(KernelSource {
+        text: hip::VENDOR.kernels.source()?,
+        binaries: units::ELEMENTS.into_iter().map(binary).collect(),
+    })
 }
 
 /// Compiles the kernels with the run-time compiler found here. Needs no device. Old versions of the compiler abort the

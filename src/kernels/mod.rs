@@ -18,7 +18,7 @@ pub use folder::KERNEL_DIR_VARIABLE;
 pub(crate) use folder::sources_of_environment;
 pub(crate) use obtain::{Compilers, Job, Origin, Supplies};
 pub use rtc::Compiled;
-#[cfg(feature = "sm90")]
+#[cfg(any(feature = "sm90", all(test, feature = "cuda")))]
 pub(crate) use rtc::Compiler;
 #[cfg(feature = "hip")]
 pub(crate) use rtc::loader_words;

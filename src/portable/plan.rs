@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use super::params::{DecodeParams, ScheduleParams};
 use super::tiles::THREADS;
-use crate::device::{
-    Api, DevicePlan, Function, HostPlan, Launch, Plan, STATUS_OK, Stream, usable_pages_per_seq,
-};
+use crate::device::{Api, DevicePlan, Function, HostPlan, Launch, Plan, STATUS_OK, Stream, usable_pages_per_seq};
 use crate::error::{MlaError, Result};
 use crate::problem::Problem;
 use crate::schedule::{ScheduleOptions, SplitPolicy};

@@ -4,6 +4,7 @@
 pub(crate) const ELEMENTS: [(&str, &str); 2] = [("bf16", "-DPOLYMLA_ONLY_BF16"), ("f16", "-DPOLYMLA_ONLY_F16")];
 
 /// The tile class of an AMD or Hygon architecture, in KiB; `None` where its waves are not 64 lanes wide or it is unknown.
+#[allow(dead_code, reason = "for the HIP backend; build.rs includes this file too")]
 pub(crate) fn hip_class(arch: &str) -> Option<u32> {
     let digits = arch.strip_prefix("gfx9")?;
     let known = digits.len() == 2 && digits.bytes().all(|b| b.is_ascii_hexdigit());
@@ -34,12 +35,7 @@ pub(crate) const CUDA_WARP: u32 = 32;
 /// What NVRTC is told: architecture (`sm_90`), class, elements.
 #[allow(dead_code, reason = "for the CUDA backend; build.rs includes this file too")]
 pub(crate) fn nvrtc_options(arch: &str, kib: u32, element: &str) -> Vec<String> {
-    vec![
-        "-std=c++17".into(),
-        format!("--gpu-architecture={arch}"),
-        format!("-DPOLYMLA_SMEM_KIB={kib}"),
-        element.into(),
-    ]
+    vec!["-std=c++17".into(), format!("--gpu-architecture={arch}"), format!("-DPOLYMLA_SMEM_KIB={kib}"), element.into()]
 }
 
 /// What hiprtc is told beside its defaults.

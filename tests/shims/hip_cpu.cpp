@@ -68,6 +68,9 @@ bool stream_lives(void* s) {
 }
 }  // namespace
 
+// This is not AMD's library: what runs through it proves tier T3.
+API int polymla_stand_in_tier() { return 3; }
+
 API const char* hipGetErrorName(int code) { return code == INVALID ? "hipErrorInvalidValue" : "hipErrorOther"; }
 API const char* hipGetErrorString(int code) { return code == INVALID ? "invalid argument" : "another error"; }
 API int hipInit(unsigned flags) { return flags ? INVALID : 0; }

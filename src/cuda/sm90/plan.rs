@@ -69,7 +69,7 @@ impl Sm90Schedule {
                 fixed_split_blocks: plan.fixed_split_blocks(),
                 ..costs(plan.policy())
             };
-            let launch = Launch { grid: [1; 3], block: SCHEDULE_THREADS, programmatic: true };
+            let launch = Launch::row(kernel, 1, SCHEDULE_THREADS, true)?;
             // SAFETY: the kernel's one parameter. It reads b lengths, which the view vouches for, and writes the three
             // arrays of this schedule, which have room for at least b requests.
             unsafe { launch.enqueue(kernel, stream, &mut [(&raw mut params).cast::<c_void>()]) }
