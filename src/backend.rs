@@ -250,6 +250,13 @@ pub fn registry() -> &'static [Registration] {
             supports: crate::driver::supports,
             open: || Ok(Box::new(crate::driver::hip()?)),
         },
+        #[cfg(feature = "wgpu")]
+        Registration {
+            name: crate::wgpu::NAME,
+            target: "any adapter of Vulkan, Metal or DX12, through WGSL",
+            supports: crate::wgpu::supports,
+            open: || Ok(Box::new(crate::wgpu::WgpuBackend::new()?)),
+        },
         #[cfg(feature = "cpu")]
         Registration {
             name: "cpu",

@@ -28,6 +28,8 @@ pub mod problem;
 pub mod reference;
 pub mod schedule;
 pub mod tensor;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
 pub mod workspace;
 
 /// The crate whose `bf16` and `f16` the tensors hold.

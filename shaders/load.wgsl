@@ -1,0 +1,45 @@
+// Reading elements of q and of the cache. An index counts elements from the start of the binding.
+//
+// WGSL has no bf16, and f16 only as an extension: both travel as pairs in 32-bit words. bf16 is the upper half of an
+// f32.
+
+//#if F32
+@group(0) @binding(1) var<storage, read> q_nope: array<f32>;
+@group(0) @binding(2) var<storage, read> q_pe: array<f32>;
+@group(0) @binding(3) var<storage, read> ckv: array<f32>;
+@group(0) @binding(4) var<storage, read> kpe: array<f32>;
+
+fn q_nope_at(i: u32) -> f32 { return q_nope[i]; }
+fn q_pe_at(i: u32) -> f32 { return q_pe[i]; }
+fn ckv_at(i: u32) -> f32 { return ckv[i]; }
+fn kpe_at(i: u32) -> f32 { return kpe[i]; }
+//#elif NATIVE_F16
+@group(0) @binding(1) var<storage, read> q_nope: array<f16>;
+@group(0) @binding(2) var<storage, read> q_pe: array<f16>;
+@group(0) @binding(3) var<storage, read> ckv: array<f16>;
+@group(0) @binding(4) var<storage, read> kpe: array<f16>;
+
+fn q_nope_at(i: u32) -> f32 { return f32(q_nope[i]); }
+fn q_pe_at(i: u32) -> f32 { return f32(q_pe[i]); }
+fn ckv_at(i: u32) -> f32 { return f32(ckv[i]); }
+fn kpe_at(i: u32) -> f32 { return f32(kpe[i]); }
+//#else
+@group(0) @binding(1) var<storage, read> q_nope: array<u32>;
+@group(0) @binding(2) var<storage, read> q_pe: array<u32>;
+@group(0) @binding(3) var<storage, read> ckv: array<u32>;
+@group(0) @binding(4) var<storage, read> kpe: array<u32>;
+
+// Element `i` of the pair in `word`.
+fn element(word: u32, i: u32) -> f32 {
+//#if BF16
+    return bitcast<f32>(select(word << 16u, word & 0xffff0000u, (i & 1u) == 1u));
+//#else
+    return unpack2x16float(select(word, word >> 16u, (i & 1u) == 1u)).x;
+//#endif
+}
+
+fn q_nope_at(i: u32) -> f32 { return element(q_nope[i >> 1u], i); }
+fn q_pe_at(i: u32) -> f32 { return element(q_pe[i >> 1u], i); }
+fn ckv_at(i: u32) -> f32 { return element(ckv[i >> 1u], i); }
+fn kpe_at(i: u32) -> f32 { return element(kpe[i >> 1u], i); }
+//#endif

@@ -1,0 +1,82 @@
+// Writing elements of out: rounding to nearest even, and halves of 32-bit words.
+//
+// A 16-bit element shares its word with a neighbour, which may be another invocation's or none of this tensor's. Each
+// half is cleared and set by atomics that leave the other half alone; a pair that fills a word is stored at once.
+
+//#if F32
+@group(0) @binding(3) var<storage, read_write> out: array<f32>;
+//#else
+@group(0) @binding(3) var<storage, read_write> out: array<atomic<u32>>;
+//#endif
+
+// Constants that WGSL does not let a program write down: they pass through memory that a compiler cannot see through.
+fn nan_bits() -> u32 {
+    return 0x7fc00000u | (params.padding_0 & 1u);
+}
+fn infinity_bits() -> u32 {
+    return 0x7f800000u | (params.padding_0 & 0u);
+}
+
+//#if BF16
+fn to_bits(x: f32) -> u32 {
+    let bits = bitcast<u32>(x);
+    if (bits & 0x7fffffffu) > 0x7f800000u {
+        return 0x7fc0u;
+    }
+    return (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
+}
+//#endif
+//#if F16
+// By integers: what pack2x16float does with the last bit is left to the implementation.
+fn to_bits(x: f32) -> u32 {
+    let bits = bitcast<u32>(x);
+    let sign = (bits >> 16u) & 0x8000u;
+    let magnitude = bits & 0x7fffffffu;
+    if magnitude > 0x7f800000u {
+        return sign | 0x7e00u;
+    }
+    if magnitude >= 0x477ff000u {       // 65520: rounds to infinity
+        return sign | 0x7c00u;
+    }
+    if magnitude >= 0x38800000u {       // 2^-14: a normal number
+        return sign | ((magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13u) & 1u)) >> 13u);
+    }
+    if magnitude < 0x33000000u {        // below 2^-25: rounds to zero
+        return sign;
+    }
+    let shift = 126u - (magnitude >> 23u);
+    let mantissa = (magnitude & 0x7fffffu) | 0x800000u;
+    let kept = mantissa >> shift;
+    let rest = mantissa & ((1u << shift) - 1u);
+    let half = 1u << (shift - 1u);
+    return sign | (kept + u32(rest > half || (rest == half && (kept & 1u) == 1u)));
+}
+//#endif
+
+//#if F32
+fn store_pair(at: u32, bad: bool, pair: vec2<f32>, second: bool) {
+    out[at] = bitcast<f32>(select(bitcast<u32>(pair.x), nan_bits(), bad));
+    if second {
+        out[at + params.out_column] = bitcast<f32>(select(bitcast<u32>(pair.y), nan_bits(), bad));
+    }
+}
+//#else
+fn store_half(at: u32, bits: u32) {
+    let shift = (at & 1u) * 16u;
+    atomicAnd(&out[at >> 1u], ~(0xffffu << shift));
+    atomicOr(&out[at >> 1u], bits << shift);
+}
+
+fn store_pair(at: u32, bad: bool, pair: vec2<f32>, second: bool) {
+    let x = select(to_bits(pair.x), 0x7fffu, bad);
+    let y = select(to_bits(pair.y), 0x7fffu, bad);
+    if second && params.out_column == 1u && (at & 1u) == 0u {
+        atomicStore(&out[at >> 1u], x | (y << 16u));
+        return;
+    }
+    store_half(at, x);
+    if second {
+        store_half(at + params.out_column, y);
+    }
+}
+//#endif

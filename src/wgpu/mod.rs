@@ -1,0 +1,457 @@
+//! The WGSL backend: any adapter that Vulkan, Metal or DX12 reaches, through wgpu.
+//!
+//! | file | job |
+//! |---|---|
+//! | `context.rs` | adapter, device, errors |
+//! | `memory.rs` | buffers, and where in them tensors lie |
+//! | `shaders.rs` | the WGSL files (`shaders/`) and the template that makes variants of them |
+//! | `pipelines.rs` | compiled kernels |
+//! | `params.rs` | the kernels' parameters, mirrored |
+//! | `plan.rs` | the schedule on the device |
+//! | `chunks.rs` | cutting a call so that its tensors fit bindings |
+//! | `run.rs` | a step: bindings and dispatches |
+//!
+//! The queue is the stream: work is done in the order of the calls that enqueue it. A step allocates no buffer; wgpu
+//! itself makes bind groups and a command buffer for each.
+
+mod chunks;
+mod context;
+mod memory;
+mod params;
+mod pipelines;
+mod plan;
+mod run;
+pub mod shaders;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+pub use context::ADAPTER_VARIABLE;
+use context::{Context, platform};
+pub use memory::WgpuBuffer;
+use pipelines::{Pipeline, Pipelines};
+pub use plan::WgpuSchedule;
+use run::{Kernels, Scratch};
+use shaders::{Kernel, Path};
+
+use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
+use crate::call::{Inputs, Outputs};
+use crate::error::{MlaError, Result};
+use crate::problem::Problem;
+use crate::schedule::{PartMetadata, ScheduleOptions};
+use crate::tensor::{DType, Device, TensorView, TensorViewMut};
+use crate::workspace::Workspace;
+
+/// The backend's name.
+pub const NAME: &str = "wgpu";
+
+/// Names the path of the decode kernel: `plain`, `subgroups`, `f16` or `matrix`; the best that the device has otherwise.
+pub const PATH_VARIABLE: &str = "POLYMLA_WGPU_PATH";
+
+/// Bytes written between timed runs: several times the last cache of any device.
+const FLUSH_BYTES: u64 = 1 << 30;
+
+/// The most scratch memory asked for where less would do in several chunks.
+const WORKSPACE_BYTES: u64 = 1 << 30;
+
+fn refusal(param: &'static str, value: String, limit: impl Into<String>) -> Unsupported {
+    Unsupported { backend: NAME, param, value, limit: limit.into() }
+}
+
+/// Whether the WGSL kernels can serve `problem`, on an adapter without limits.
+///
+/// # Errors
+/// [`Unsupported`], with the reason.
+pub fn supports(problem: &Problem) -> std::result::Result<(), Unsupported> {
+    // The counts must fit the kernels' 32-bit fields and the dimensions of a dispatch.
+    for (param, value, limit, words) in [
+        ("b", problem.b(), 1 << 20, "0..=1048576"),
+        ("h_kv", problem.h_kv(), 65_535, "1..=65535"),
+        ("s_q x h_q", problem.s_q().saturating_mul(problem.h_q()), 1 << 24, "1..=16777216"),
+        ("page_size", problem.page_size(), 1 << 24, "1..=16777216"),
+        ("head_dim_k", problem.head_dim_k(), 1 << 20, "1..=1048576"),
+    ] {
+        if value > limit {
+            return Err(refusal(param, value.to_string(), words));
+        }
+    }
+    Ok(())
+}
+
+/// MLA decoding by WGSL kernels.
+pub struct WgpuBackend {
+    context: Context,
+    info: BackendInfo,
+    pipelines: Pipelines,
+    /// The path that was asked for, which is then the only one taken.
+    forced: Option<Path>,
+    /// Bound where a kernel declares a tensor that a call does not have.
+    dummy: ::wgpu::Buffer,
+    flush: Mutex<Option<::wgpu::Buffer>>,
+    timestamps: Mutex<Option<Timestamps>>,
+}
+
+struct Timestamps {
+    queries: ::wgpu::QuerySet,
+    resolved: ::wgpu::Buffer,
+}
+
+impl WgpuBackend {
+    /// Opens the best adapter of this machine.
+    ///
+    /// # Errors
+    /// [`MlaError::Absent`] with the reason; [`MlaError::Environment`].
+    pub fn new() -> Result<WgpuBackend> {
+        let named = std::env::var(PATH_VARIABLE).unwrap_or_default();
+        let forced = Path::ALL.into_iter().find(|path| path.name() == named);
+        if forced.is_none() && !named.is_empty() {
+            let limit = Path::ALL.map(Path::name).join(", ");
+            return Err(MlaError::Environment { param: PATH_VARIABLE, value: named, limit });
+        }
+        let backend = Self::on(Context::open()?, None)?;
+        match forced {
+            Some(path) => backend.with_path(path),
+            None => Ok(backend),
+        }
+    }
+
+    /// Opens the best adapter of this machine with the features and limits that every WebGPU implementation grants, as
+    /// a browser would.
+    ///
+    /// # Errors
+    /// [`MlaError::Absent`] with the reason.
+    pub fn web_default() -> Result<WgpuBackend> {
+        Self::on(Context::open_web_default()?, None)
+    }
+
+    /// A backend over a device of the caller's, who keeps its callbacks. Paths are chosen from the features that the
+    /// device was opened with.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`].
+    pub fn from_device(
+        adapter: ::wgpu::AdapterInfo,
+        device: ::wgpu::Device,
+        queue: ::wgpu::Queue,
+    ) -> Result<WgpuBackend> {
+        Self::on(Context::new(adapter, device, queue), None)
+    }
+
+    /// The same backend, taking one path only.
+    ///
+    /// # Errors
+    /// [`MlaError::Unsupported`] where the device lacks what the path needs.
+    pub fn with_path(self, path: Path) -> Result<WgpuBackend> {
+        if !self.has(path) {
+            let limit = Path::ALL.into_iter().filter(|p| self.has(*p)).map(Path::name).collect::<Vec<_>>().join(", ");
+            return Err(refusal("path", path.name().into(), limit).into());
+        }
+        Self::on(self.context, Some(path))
+    }
+
+    fn on(context: Context, forced: Option<Path>) -> Result<WgpuBackend> {
+        let dummy = context.buffer(256, memory::USAGE)?;
+        let mut backend = WgpuBackend {
+            info: BackendInfo {
+                name: NAME,
+                device_name: String::new(),
+                device: Device::Accelerator { platform: NAME, ordinal: 0 },
+                evidence: Evidence::T5,
+            },
+            context,
+            pipelines: Pipelines::default(),
+            forced,
+            dummy,
+            flush: Mutex::default(),
+            timestamps: Mutex::default(),
+        };
+        let adapter = &backend.context.adapter;
+        let paths = Path::ALL.into_iter().filter(|p| backend.forced.map_or(backend.has(*p), |f| f == *p));
+        backend.info.device_name = format!(
+            "{} ({:?}, {}), paths {}",
+            adapter.name,
+            adapter.backend,
+            adapter.driver_info,
+            paths.map(Path::name).collect::<Vec<_>>().join(" ")
+        );
+        Ok(backend)
+    }
+
+    /// The device.
+    pub fn device(&self) -> &::wgpu::Device {
+        &self.context.device
+    }
+    /// The queue that work is enqueued on.
+    pub fn queue(&self) -> &::wgpu::Queue {
+        &self.context.queue
+    }
+
+    /// Whether the device has what a path needs.
+    pub fn has(&self, path: Path) -> bool {
+        let (features, adapter) = (self.context.features, &self.context.adapter);
+        // A row's 8 lanes must be in one subgroup.
+        let subgroups = features.contains(::wgpu::Features::SUBGROUP) && adapter.subgroup_min_size >= 8;
+        match path {
+            Path::Plain => true,
+            Path::Subgroups => subgroups,
+            Path::NativeF16 => subgroups && features.contains(::wgpu::Features::SHADER_F16),
+            Path::CooperativeMatrix => false,
+        }
+    }
+
+    /// The path that problems of this element type take: the one asked for, or the plain one where that does not exist
+    /// for the type; the best that the device has otherwise.
+    fn path(&self, problem: &Problem) -> Path {
+        let dtype = problem.dtype();
+        match self.forced {
+            Some(path) if path.takes(dtype) => path,
+            Some(_) => Path::Plain,
+            None => Path::ALL.into_iter().rev().find(|p| p.takes(dtype) && self.has(*p)).unwrap_or(Path::Plain),
+        }
+    }
+
+    /// Parts that fill the device.
+    fn default_parts(&self, row_tiles: u64, slices: usize) -> usize {
+        // wgpu does not say how many multiprocessors there are. Workgroups beyond what runs at once cost little: each
+        // is long, and the last ones even out.
+        let workgroups = match self.context.adapter.device_type {
+            ::wgpu::DeviceType::Cpu => 8,
+            ::wgpu::DeviceType::DiscreteGpu => 528,
+            _ => 128,
+        };
+        workgroups / (row_tiles as usize * slices).max(1)
+    }
+
+    fn kernel(&self, kernel: Kernel, path: Path, dtype: DType) -> Result<Arc<Pipeline>> {
+        // The small kernels have one path, and the first two do not know the element type.
+        let (path, dtype) = match kernel {
+            Kernel::Schedule => (Path::Plain, DType::F32),
+            Kernel::Prepare => (path, DType::F32),
+            Kernel::Combine | Kernel::Decode => (path, dtype),
+        };
+        self.pipelines.get(&self.context, kernel, path, dtype)
+    }
+
+    /// Waits for the device and copies a plan to the host: `tile_scheduler_metadata` and `num_splits`.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`].
+    pub fn plan(&self, schedule: &WgpuSchedule) -> Result<(Vec<PartMetadata>, Vec<i32>)> {
+        schedule.to_host(&self.context)
+    }
+
+    fn timestamps(&self) -> Result<Timestamps> {
+        let usage = ::wgpu::BufferUsages::QUERY_RESOLVE | ::wgpu::BufferUsages::COPY_SRC;
+        let descriptor = ::wgpu::QuerySetDescriptor { label: None, ty: ::wgpu::QueryType::Timestamp, count: 2 };
+        Ok(Timestamps {
+            queries: self
+                .context
+                .guarded("create_query_set", || self.context.device.create_query_set(&descriptor))?,
+            resolved: self.context.buffer(256, usage)?,
+        })
+    }
+
+    /// Enqueues a timestamp, and after the second one the copy of both.
+    fn stamp(&self, timestamps: &Timestamps, index: u32) -> Result<()> {
+        self.context.guarded("write_timestamp", || {
+            let mut encoder = self.context.device.create_command_encoder(&Default::default());
+            encoder.write_timestamp(&timestamps.queries, index);
+            if index == 1 {
+                encoder.resolve_query_set(&timestamps.queries, 0..2, &timestamps.resolved, 0);
+            }
+            self.context.queue.submit([encoder.finish()]);
+        })
+    }
+}
+
+impl MlaBackend for WgpuBackend {
+    type Buffer = WgpuBuffer;
+    type Schedule = WgpuSchedule;
+    type Stream = ();
+
+    fn info(&self) -> &BackendInfo {
+        &self.info
+    }
+
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
+        supports(problem)
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<WgpuBuffer> {
+        self.context.alloc(bytes)
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Result<WgpuBuffer> {
+        let buffer = self.alloc(bytes.len())?;
+        self.context.write(&buffer.buffer, bytes)?;
+        Ok(buffer)
+    }
+
+    fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<WgpuBuffer> {
+        let buffer = self.alloc(bytes)?;
+        self.context.fill(&buffer, &tile[..tile.len().min(bytes)])?;
+        Ok(buffer)
+    }
+
+    fn download(&self, buffer: &WgpuBuffer, bytes: &mut [u8]) -> Result<()> {
+        if bytes.len() > buffer.bytes() {
+            let (value, limit) = (bytes.len() as u64, buffer.bytes() as u64);
+            return Err(MlaError::StrideOverrun { param: "buffer", value, limit });
+        }
+        self.context.read(&buffer.buffer, 0, bytes)
+    }
+
+    fn view<'a>(&self, param: &'static str, buffer: &'a WgpuBuffer, like: &TensorView<'_>) -> Result<TensorView<'a>> {
+        let (bytes, device) = (buffer.bytes() as u64, self.info.device);
+        TensorView::from_object(param, &buffer.buffer, 0, bytes, like.dtype(), like.shape(), like.strides(), device)
+    }
+
+    fn view_mut<'a>(
+        &self,
+        param: &'static str,
+        buffer: &'a mut WgpuBuffer,
+        like: &TensorView<'_>,
+    ) -> Result<TensorViewMut<'a>> {
+        let (bytes, device) = (buffer.bytes() as u64, self.info.device);
+        TensorViewMut::from_object(param, &buffer.buffer, 0, bytes, like.dtype(), like.shape(), like.strides(), device)
+    }
+
+    fn workspace<'a>(&self, buffer: &'a mut WgpuBuffer) -> Workspace<'a> {
+        Workspace::from_object(&buffer.buffer, 0, buffer.bytes(), self.info.device)
+    }
+
+    fn schedule(
+        &self,
+        problem: &Problem,
+        options: &ScheduleOptions,
+        inputs: &Inputs<'_>,
+        _stream: (),
+    ) -> Result<WgpuSchedule> {
+        MlaBackend::supports(self, problem)?;
+        inputs.validate(problem, self.info.device)?;
+        let (path, dtype) = (self.path(problem), problem.dtype());
+        // Kernels are compiled here, so that `run` finds them in place.
+        for kernel in [Kernel::Prepare, Kernel::Decode, Kernel::Combine] {
+            self.kernel(kernel, path, dtype)?;
+        }
+        let rows_per_kv = problem.s_q() * problem.heads_per_kv();
+        let row_tiles = (problem.h_kv() * rows_per_kv.div_ceil(path.rows())) as u64;
+        let parts = self.default_parts(row_tiles, problem.head_dim_v().div_ceil(path.columns()));
+        let schedule = WgpuSchedule::new(&self.context, problem, options, parts)?;
+        let kernel = self.kernel(Kernel::Schedule, path, dtype)?;
+        schedule.enqueue(&self.context, &kernel, problem, &inputs.cache_seqlens, &self.dummy)?;
+        Ok(schedule)
+    }
+
+    fn workspace_bytes(&self, problem: &Problem, schedule: &WgpuSchedule) -> usize {
+        let shape = schedule.sizes(problem, self.path(problem).rows());
+        // Of a cache without gaps: one with gaps may have more windows, and then goes in smaller chunks.
+        let (size, limit) = (problem.dtype().size() as u64, self.context.binding_bytes());
+        let page = problem.page_size() as u64 * problem.h_kv() as u64 * problem.head_dim_k() as u64 * size;
+        let windows = (problem.num_pages() as u64).div_ceil((limit / page.max(1)).max(1)).max(1);
+        let chunk = shape.chunk(shape.requests, windows, limit.min(WORKSPACE_BYTES));
+        let chunk = chunk.unwrap_or(chunks::Chunk { requests: 1, row_tiles: 1 });
+        usize::try_from(shape.layout(chunk, windows).words.saturating_mul(4)).unwrap_or(usize::MAX)
+    }
+
+    fn run(
+        &self,
+        problem: &Problem,
+        schedule: &WgpuSchedule,
+        workspace: &mut Workspace<'_>,
+        inputs: &Inputs<'_>,
+        outputs: &mut Outputs<'_>,
+        _stream: (),
+    ) -> Result<()> {
+        let device = self.info.device;
+        MlaBackend::supports(self, problem)?;
+        inputs.validate(problem, device)?;
+        outputs.validate(problem, inputs, device)?;
+        schedule.check(problem)?;
+        let needed = self.workspace_bytes(problem, schedule);
+        if workspace.bytes() < needed {
+            return Err(MlaError::WorkspaceTooSmall { value: workspace.bytes(), limit: needed });
+        }
+        let wrong = MlaError::WrongDevice { param: "workspace", value: workspace.device(), limit: device };
+        let (object, offset) = workspace.object().filter(|_| workspace.device() == device).ok_or(wrong)?;
+        let Some(buffer) = object.downcast_ref::<::wgpu::Buffer>() else {
+            return Err(refusal("workspace", "an object of another kind".into(), "a wgpu::Buffer").into());
+        };
+        let align = u64::from(self.context.limits.min_storage_buffer_offset_alignment);
+        if !offset.is_multiple_of(align) {
+            return Err(MlaError::Alignment { param: "workspace", value: offset, limit: align as usize });
+        }
+        let bytes = workspace.bytes() as u64;
+        if offset.saturating_add(bytes) > buffer.size() {
+            let (value, limit) = (offset.saturating_add(bytes), buffer.size());
+            return Err(MlaError::StrideOverrun { param: "workspace", value, limit });
+        }
+        if problem.rows() == 0 {
+            return Ok(());
+        }
+        let (path, dtype) = (self.path(problem), problem.dtype());
+        let [prepare, decode, combine] = [Kernel::Prepare, Kernel::Decode, Kernel::Combine];
+        let kernels = Kernels {
+            prepare: &*self.kernel(prepare, path, dtype)?,
+            decode: &*self.kernel(decode, path, dtype)?,
+            combine: &*self.kernel(combine, path, dtype)?,
+            columns: path.columns(),
+        };
+        let shape = schedule.sizes(problem, path.rows());
+        let scratch = Scratch { buffer, offset, bytes };
+        run::run(&self.context, &kernels, schedule, &shape, problem, inputs, outputs, scratch, &self.dummy)
+    }
+
+    fn finish(&self, schedule: &WgpuSchedule, _stream: ()) -> Result<()> {
+        schedule.take_verdict(&self.context)
+    }
+
+    fn elapsed(
+        &self,
+        schedule: &WgpuSchedule,
+        stream: (),
+        work: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Duration> {
+        if !self.context.features.contains(::wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS) {
+            let start = std::time::Instant::now();
+            work()?;
+            self.finish(schedule, stream)?;
+            return Ok(start.elapsed());
+        }
+        let mut kept = self.timestamps.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.is_none() {
+            *kept = Some(self.timestamps()?);
+        }
+        let Some(timestamps) = kept.as_ref() else {
+            return Err(platform("create_query_set", "no query set".into()));
+        };
+        self.stamp(timestamps, 0)?;
+        work()?;
+        self.stamp(timestamps, 1)?;
+        self.finish(schedule, stream)?;
+        let mut ticks = [0u64; 2];
+        self.context.read(&timestamps.resolved, 0, bytemuck::bytes_of_mut(&mut ticks))?;
+        let ns = ticks[1].saturating_sub(ticks[0]) as f64 * f64::from(self.context.queue.get_timestamp_period());
+        Ok(Duration::from_secs_f64(ns / 1e9))
+    }
+
+    fn flush_caches(&self, _stream: ()) -> Result<()> {
+        let mut flush = self.flush.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = FLUSH_BYTES.min(self.context.limits.max_buffer_size);
+        if flush.is_none() {
+            *flush = Some(self.context.buffer(bytes as usize, memory::USAGE)?);
+        }
+        let Some(buffer) = flush.as_ref() else { return Ok(()) };
+        self.context.guarded("clear_buffer", || {
+            let mut encoder = self.context.device.create_command_encoder(&Default::default());
+            encoder.clear_buffer(buffer, 0, None);
+            self.context.queue.submit([encoder.finish()]);
+        })
+    }
+}
+
+impl std::fmt::Debug for WgpuBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.info.name, self.info.device_name)
+    }
+}

@@ -1,0 +1,77 @@
+//! Compiled kernels, kept by kernel, path and element type.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::context::Context;
+use super::params::Params;
+use super::shaders::{Kernel, Path, source};
+use crate::error::Result;
+use crate::tensor::DType;
+
+/// A kernel, ready to be dispatched.
+pub(super) struct Pipeline {
+    pub(super) pipeline: ::wgpu::ComputePipeline,
+    pub(super) layout: ::wgpu::BindGroupLayout,
+}
+
+/// The kernels compiled so far.
+#[derive(Default)]
+pub(super) struct Pipelines {
+    compiled: Mutex<HashMap<(Kernel, Path, DType), Arc<Pipeline>>>,
+}
+
+impl Pipelines {
+    /// A kernel, compiled at first use.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`](crate::MlaError::Platform), with what wgpu or the driver's compiler said.
+    pub(super) fn get(&self, context: &Context, kernel: Kernel, path: Path, dtype: DType) -> Result<Arc<Pipeline>> {
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = compiled.get(&(kernel, path, dtype)) {
+            return Ok(pipeline.clone());
+        }
+        let pipeline = Arc::new(compile(context, kernel, path, dtype)?);
+        compiled.insert((kernel, path, dtype), pipeline.clone());
+        Ok(pipeline)
+    }
+}
+
+fn compile(context: &Context, kernel: Kernel, path: Path, dtype: DType) -> Result<Pipeline> {
+    let device = &context.device;
+    let buffer = |binding: u32, ty, has_dynamic_offset, size| ::wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: ::wgpu::ShaderStages::COMPUTE,
+        ty: ::wgpu::BindingType::Buffer { ty, has_dynamic_offset, min_binding_size: std::num::NonZeroU64::new(size) },
+        count: None,
+    };
+    let mut entries = vec![buffer(0, ::wgpu::BufferBindingType::Uniform, true, size_of::<Params>() as u64)];
+    for (i, read_only) in kernel.read_only().iter().enumerate() {
+        entries.push(buffer(i as u32 + 1, ::wgpu::BufferBindingType::Storage { read_only: *read_only }, false, 4));
+    }
+    let text = source(kernel, path, dtype);
+    let label = Some(kernel.name());
+    context.guarded("create_compute_pipeline", || {
+        let layout =
+            device.create_bind_group_layout(&::wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+        let module = ::wgpu::ShaderModuleDescriptor { label, source: ::wgpu::ShaderSource::Wgsl(text.into()) };
+        let checks = ::wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..::wgpu::ShaderRuntimeChecks::checked() };
+        // SAFETY: bounds are checked as ever. Loops are not counted: each one is bounded by a size of the problem, or by
+        // a length or a plan that was checked on the device before.
+        let module = unsafe { device.create_shader_module_trusted(module, checks) };
+        let pipeline_layout = device.create_pipeline_layout(&::wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let pipeline = device.create_compute_pipeline(&::wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: label,
+            compilation_options: Default::default(),
+            cache: None,
+        });
+        Pipeline { pipeline, layout }
+    })
+}
