@@ -16,7 +16,7 @@ fn golden_files() {
     for file in &files {
         let call = golden::load(file).unwrap();
         assert!(call.expected.is_some(), "{}: no expected values", call.name);
-        for backend in &backends {
+        for backend in backends {
             if !common::takes(backend.as_ref(), &call.problem) {
                 continue;
             }

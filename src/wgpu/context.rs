@@ -132,8 +132,12 @@ impl Context {
         let value = work();
         // Scopes nest: the last one pushed is the first to go. Natively the answers are there at once.
         let errors = scopes.into_iter().rev().filter_map(|scope| pollster::block_on(scope.pop()));
-        match errors.last() {
+        let error = errors.last();
+        // A lost device is told to its callback only when it is polled; other calls on it look as if they worked.
+        let polled = self.device.poll(::wgpu::PollType::Poll);
+        match error {
             Some(error) => Err(platform(call, error.to_string())),
+            None if polled.is_err() => polled.map(|_| value).map_err(|e| platform(call, e.to_string())),
             None => self.check_lost(call).map(|()| value),
         }
     }

@@ -34,11 +34,11 @@ impl Context {
     /// A buffer of at least `bytes` bytes, in whole words.
     pub(super) fn buffer(&self, bytes: usize, usage: ::wgpu::BufferUsages) -> Result<::wgpu::Buffer> {
         // Nothing can be bound that is empty.
-        let size = (bytes.max(16) as u64).next_multiple_of(16);
-        if size > self.limits.max_buffer_size {
-            let limit = self.limits.max_buffer_size;
+        let limit = self.limits.max_buffer_size;
+        let size = (bytes.max(16) as u64).checked_next_multiple_of(16).filter(|size| *size <= limit);
+        let Some(size) = size else {
             return Err(platform("create_buffer", format!("{bytes} bytes; the device's buffers hold {limit}")));
-        }
+        };
         let descriptor = ::wgpu::BufferDescriptor { label: Some("polymla"), size, usage, mapped_at_creation: false };
         self.guarded("create_buffer", || self.device.create_buffer(&descriptor))
     }

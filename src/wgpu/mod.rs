@@ -26,6 +26,8 @@ pub mod shaders;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+/// The crate whose devices, queues and buffers this backend takes.
+pub use ::wgpu as api;
 pub use context::ADAPTER_VARIABLE;
 use context::{Context, platform};
 pub use memory::WgpuBuffer;

@@ -1,0 +1,350 @@
+//! What only the device sees, and what becomes of a device that fails.
+
+use polymla::half::bf16;
+use polymla::wgpu::WgpuBackend;
+use polymla::{
+    Device, DType, Inputs, KvCache, Mask, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions, SplitPolicy,
+    TensorView, TensorViewMut, Workspace, get_mla_metadata,
+};
+
+const HEADS: usize = 3;
+const PAGES: usize = 4;
+const COLUMNS: usize = 4;
+
+/// Tensors on the device, for lengths and a table of one's choice.
+struct Tensors<'b> {
+    backend: &'b WgpuBackend,
+    problem: Problem,
+    buffers: Vec<polymla::wgpu::WgpuBuffer>,
+}
+
+fn description(dtype: DType, shape: &[usize]) -> (DType, Vec<usize>, Vec<usize>) {
+    let strides = polymla::tensor::contiguous_strides(shape)[..shape.len()].to_vec();
+    (dtype, shape.to_vec(), strides)
+}
+
+impl<'b> Tensors<'b> {
+    fn new(backend: &'b WgpuBackend, lengths: &[i32], table: &[i32], visible: Option<&[i32]>) -> Self {
+        let b = lengths.len();
+        let mask = if visible.is_some() { Mask::VisibleLengths } else { Mask::None };
+        let builder = Problem::builder(b).h_q(HEADS).num_pages(PAGES).max_pages_per_seq(COLUMNS).mask(mask);
+        let problem = builder.build().expect("valid");
+        let values = |n: usize| -> Vec<u8> {
+            let value = |i: usize| bf16::from_f32((i * 7 % 23) as f32 / 16.0 - 0.6);
+            (0..n).flat_map(|i| value(i).to_le_bytes()).collect()
+        };
+        let poison = |n: usize| vec![0x5a; n];
+        let contents = [
+            values(b * HEADS * 576),
+            values(PAGES * 64 * 576),
+            bytemuck::cast_slice(table).to_vec(),
+            bytemuck::cast_slice(lengths).to_vec(),
+            bytemuck::cast_slice(visible.unwrap_or(&[])).to_vec(),
+            poison(b * HEADS * 512 * 2),
+            poison(b * HEADS * 4),
+        ];
+        let buffers = contents.iter().map(|bytes| backend.upload(bytes).expect("upload")).collect();
+        Tensors { backend, problem, buffers }
+    }
+
+    fn view(&self, param: &'static str, i: usize, dtype: DType, shape: &[usize]) -> TensorView<'_> {
+        let (dtype, shape, strides) = description(dtype, shape);
+        let (buffer, device) = (&self.buffers[i], MlaBackend::info(self.backend).device);
+        TensorView::from_object(param, buffer.buffer(), 0, buffer.bytes() as u64, dtype, &shape, &strides, device)
+            .expect(param)
+    }
+
+    fn view_mut(&self, param: &'static str, i: usize, dtype: DType, shape: &[usize]) -> TensorViewMut<'_> {
+        let (dtype, shape, strides) = description(dtype, shape);
+        let (buffer, device) = (&self.buffers[i], MlaBackend::info(self.backend).device);
+        TensorViewMut::from_object(param, buffer.buffer(), 0, buffer.bytes() as u64, dtype, &shape, &strides, device)
+            .expect(param)
+    }
+
+    fn inputs(&self) -> Inputs<'_> {
+        let b = self.problem.b();
+        Inputs {
+            query: Query::Fused(self.view("q", 0, DType::Bf16, &[b, 1, HEADS, 576])),
+            kv_cache: KvCache::Fused(self.view("k_cache", 1, DType::Bf16, &[PAGES, 64, 1, 576])),
+            block_table: self.view("block_table", 2, DType::I32, &[b, COLUMNS]),
+            cache_seqlens: self.view("cache_seqlens", 3, DType::I32, &[b]),
+            visible_lengths: (self.problem.mask() == Mask::VisibleLengths)
+                .then(|| self.view("visible_lengths", 4, DType::I32, &[b, 1])),
+        }
+    }
+
+    fn outputs(&self) -> Outputs<'_> {
+        let b = self.problem.b();
+        Outputs {
+            out: self.view_mut("out", 5, DType::Bf16, &[b, 1, HEADS, 512]),
+            lse: self.view_mut("lse", 6, DType::F32, &[b, HEADS, 1]),
+        }
+    }
+
+    /// Runs, and returns what `finish` said and the outputs.
+    fn run(&self, options: &ScheduleOptions) -> (polymla::Result<()>, Vec<bf16>, Vec<f32>) {
+        let (backend, problem) = (self.backend, &self.problem);
+        let schedule = backend.schedule(problem, options, &self.inputs(), ()).expect("a schedule");
+        let mut scratch = backend.alloc(backend.workspace_bytes(problem, &schedule)).expect("workspace");
+        let mut workspace = backend.workspace(&mut scratch);
+        backend.run(problem, &schedule, &mut workspace, &self.inputs(), &mut self.outputs(), ()).expect("enqueued");
+        let verdict = backend.finish(&schedule, ());
+        assert_eq!(backend.finish(&schedule, ()), Ok(()), "a failure is reported once");
+        let (mut out, mut lse) = (vec![bf16::ZERO; problem.rows() * 512], vec![0f32; problem.rows()]);
+        backend.download(&self.buffers[5], bytemuck::cast_slice_mut(&mut out)).expect("out");
+        backend.download(&self.buffers[6], bytemuck::cast_slice_mut(&mut lse)).expect("lse");
+        (verdict, out, lse)
+    }
+}
+
+const TABLE: [i32; 12] = [0, 3, 1, 2, 2, -1, i32::MAX, 9, 3, 0, 2, 1];
+
+/// Request 1 is spoilt in every way that only the device can see; the others keep their bits.
+#[test]
+fn bad_requests_are_reported_and_harm_no_other() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    for policy in [SplitPolicy::default(), SplitPolicy::BatchInvariant { split_blocks: 1 }] {
+        let options = ScheduleOptions { num_sm_parts: Some(2), policy };
+        let (verdict, good_out, good_lse) = Tensors::new(&backend, &[200, 40, 256], &TABLE, None).run(&options);
+        assert_eq!(verdict, Ok(()));
+        assert!(good_lse.iter().all(|x| x.is_finite()) && good_out.iter().all(|x| x.is_finite()));
+        let table = |entry| {
+            let mut table = TABLE;
+            table[4] = entry;
+            table
+        };
+        let spoilt = [
+            ([200, -1, 256], TABLE, None),
+            ([200, i32::MIN, 256], TABLE, None),
+            ([200, 257, 256], TABLE, None),
+            ([200, i32::MAX, 256], TABLE, None),
+            ([200, 65, 256], TABLE, None), // reaches entry 5, which is -1
+            ([200, 40, 256], table(4), None),
+            ([200, 40, 256], table(-1), None),
+            ([200, 40, 256], table(i32::MAX), None),
+            ([200, 40, 256], TABLE, Some([200, 41, 256])),
+            ([200, 40, 256], TABLE, Some([200, -1, 256])),
+        ];
+        for (lengths, table, visible) in spoilt {
+            let tensors = Tensors::new(&backend, &lengths, &table, visible.as_ref().map(|v| &v[..]));
+            let (verdict, out, lse) = tensors.run(&options);
+            let what = format!("{lengths:?} {table:?} {visible:?} {policy:?}: {verdict:?}");
+            assert!(matches!(verdict, Err(MlaError::DeviceCheck { request: 1, .. })), "{what}");
+            let (row, rows) = (HEADS * 512, HEADS..2 * HEADS);
+            assert!(out[row..2 * row].iter().all(|x| x.is_nan()) && lse[rows].iter().all(|x| x.is_nan()), "{what}");
+            // Batch-invariant results do not depend on a neighbour; balanced ones only by where they are cut.
+            for i in [0, 2] {
+                let same = out[i * row..][..row] == good_out[i * row..][..row];
+                let finite = out[i * row..][..row].iter().all(|x| x.is_finite());
+                assert!(if policy == SplitPolicy::default() { finite } else { same }, "{what}, request {i}");
+            }
+        }
+    }
+}
+
+/// The device's plan is the host's.
+#[test]
+fn schedules_equal_the_hosts() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    let mut rng = fastrand::Rng::with_seed(5);
+    for case in 0..120 {
+        let b = rng.usize(0..40);
+        let lengths: Vec<i32> = (0..b).map(|_| if rng.u8(0..4) == 0 { 0 } else { rng.i32(0..200_000) }).collect();
+        let policy = match case % 3 {
+            0 => SplitPolicy::Balanced { overhead_blocks: rng.u32(0..9) },
+            1 => SplitPolicy::BatchInvariant { split_blocks: rng.u32(1..40) },
+            _ => SplitPolicy::default(),
+        };
+        let parts = rng.usize(1..200);
+        let builder = Problem::builder(b).h_q(HEADS).page_size(64).num_pages(1).max_pages_per_seq(4000);
+        let problem = builder.build().expect("valid");
+        let device = MlaBackend::info(&backend).device;
+        let contents = [vec![0; b * HEADS * 576 * 2], vec![0; 64 * 576 * 2], vec![0; b * 4000 * 4]];
+        let buffers = contents.map(|bytes| backend.upload(&bytes).expect("upload"));
+        let lens = backend.upload(bytemuck::cast_slice(&lengths)).expect("upload");
+        let view = |param, buffer: &'static str, i: Option<usize>, dtype, shape: &[usize]| {
+            let memory = i.map_or(&lens, |i| &buffers[i]);
+            let (dtype, shape, strides) = description(dtype, shape);
+            let bytes = memory.bytes() as u64;
+            TensorView::from_object(param, memory.buffer(), 0, bytes, dtype, &shape, &strides, device).expect(buffer)
+        };
+        let inputs = Inputs {
+            query: Query::Fused(view("q", "q", Some(0), DType::Bf16, &[b, 1, HEADS, 576])),
+            kv_cache: KvCache::Fused(view("k_cache", "k", Some(1), DType::Bf16, &[1, 64, 1, 576])),
+            block_table: view("block_table", "table", Some(2), DType::I32, &[b, 4000]),
+            cache_seqlens: view("cache_seqlens", "lengths", None, DType::I32, &[b]),
+            visible_lengths: None,
+        };
+        let options = ScheduleOptions { num_sm_parts: Some(parts), policy };
+        let schedule = backend.schedule(&problem, &options, &inputs, ()).expect("a schedule");
+        let (got_parts, got_splits) = backend.plan(&schedule).expect("a copy");
+        let want = get_mla_metadata(&lengths, parts, policy).expect("a plan");
+        assert_eq!(got_splits, want.num_splits(), "{lengths:?} {policy:?} {parts} parts");
+        assert_eq!(got_parts, want.tile_scheduler_metadata(), "{lengths:?} {policy:?} {parts} parts");
+    }
+}
+
+#[test]
+fn calls_that_cannot_run_are_errors() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    let tensors = Tensors::new(&backend, &[200, 40, 256], &TABLE, None);
+    let (problem, options) = (&tensors.problem, ScheduleOptions::default());
+    let schedule = backend.schedule(problem, &options, &tensors.inputs(), ()).expect("a schedule");
+    let bytes = backend.workspace_bytes(problem, &schedule);
+    let mut scratch = backend.alloc(bytes + 512).expect("workspace");
+    let device = MlaBackend::info(&backend).device;
+    let run = |workspace: &mut Workspace<'_>, inputs: &Inputs<'_>| {
+        backend.run(problem, &schedule, workspace, inputs, &mut tensors.outputs(), ())
+    };
+
+    let buffer = scratch.buffer().clone();
+    let mut small = Workspace::from_object(&buffer, 0, bytes - 1, device);
+    assert!(matches!(run(&mut small, &tensors.inputs()), Err(MlaError::WorkspaceTooSmall { .. })));
+    let mut crooked = Workspace::from_object(&buffer, 4, bytes, device);
+    assert!(matches!(run(&mut crooked, &tensors.inputs()), Err(MlaError::Alignment { param: "workspace", .. })));
+    let mut claims = Workspace::from_object(&buffer, 256, bytes * 2, device);
+    assert!(matches!(run(&mut claims, &tensors.inputs()), Err(MlaError::StrideOverrun { param: "workspace", .. })));
+    let text = String::from("no buffer");
+    let mut other = Workspace::from_object(&text, 0, bytes, device);
+    assert!(matches!(run(&mut other, &tensors.inputs()), Err(MlaError::Unsupported(_))));
+    let mut shared = Workspace::from_object(tensors.buffers[1].buffer(), 0, bytes, device);
+    assert!(run(&mut shared, &tensors.inputs()).is_err());
+    let mut memory = [0u8; 64];
+    let mut host = Workspace::from_slice(&mut memory);
+    assert!(run(&mut host, &tensors.inputs()).is_err());
+
+    let good = |workspace: &mut Workspace<'_>| run(workspace, &tensors.inputs());
+    assert_eq!(good(&mut backend.workspace(&mut scratch)), Ok(()));
+    let mut inputs = tensors.inputs();
+    inputs.query = Query::Fused(
+        TensorView::from_object("q", &text, 0, 1 << 20, DType::Bf16, &[3, 1, HEADS, 576], &[1728, 1728, 576, 1], device)
+            .expect("claims"),
+    );
+    let refused = run(&mut backend.workspace(&mut scratch), &inputs);
+    assert!(matches!(refused, Err(MlaError::Unsupported(ref u)) if u.param == "q"), "{refused:?}");
+    // A view that claims more than its buffer has.
+    let short = tensors.buffers[6].buffer();
+    inputs.query = Query::Fused(
+        TensorView::from_object("q", short, 0, 1 << 20, DType::Bf16, &[3, 1, HEADS, 576], &[1728, 1728, 576, 1], device)
+            .expect("claims"),
+    );
+    let refused = run(&mut backend.workspace(&mut scratch), &inputs);
+    assert!(matches!(refused, Err(MlaError::StrideOverrun { param: "q", .. })), "{refused:?}");
+    // Elsewhere.
+    let mut elsewhere = tensors.inputs();
+    let strides = [1];
+    elsewhere.cache_seqlens = TensorView::from_object(
+        "cache_seqlens",
+        tensors.buffers[3].buffer(),
+        0,
+        12,
+        DType::I32,
+        &[3],
+        &strides,
+        Device::Accelerator { platform: "wgpu", ordinal: 7 },
+    )
+    .expect("claims");
+    let refused = run(&mut backend.workspace(&mut scratch), &elsewhere);
+    assert!(matches!(refused, Err(MlaError::WrongDevice { param: "cache_seqlens", .. })), "{refused:?}");
+}
+
+/// Outputs over inputs, in one buffer of the caller's.
+#[test]
+fn outputs_over_inputs_are_refused() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    let tensors = Tensors::new(&backend, &[200, 40, 256], &TABLE, None);
+    let problem = &tensors.problem;
+    let schedule = backend.schedule(problem, &ScheduleOptions::default(), &tensors.inputs(), ()).expect("a schedule");
+    let mut scratch = backend.alloc(backend.workspace_bytes(problem, &schedule)).expect("workspace");
+    let mut outputs = tensors.outputs();
+    outputs.out = tensors.view_mut("out", 1, DType::Bf16, &[3, 1, HEADS, 512]);
+    let mut workspace = backend.workspace(&mut scratch);
+    let refused = backend.run(problem, &schedule, &mut workspace, &tensors.inputs(), &mut outputs, ());
+    assert!(matches!(refused, Err(MlaError::Overlap { param: "out", other: "k_cache", .. })), "{refused:?}");
+}
+
+#[test]
+fn too_much_memory_is_an_error() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    for bytes in [1usize << 45, usize::MAX / 2, usize::MAX] {
+        assert!(matches!(backend.alloc(bytes), Err(MlaError::Platform { backend: "wgpu", .. })), "{bytes}");
+    }
+    assert!(backend.alloc(64).is_ok(), "the device is still good");
+}
+
+#[test]
+fn a_lost_device_is_an_error_everywhere() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    let tensors = Tensors::new(&backend, &[200, 40, 256], &TABLE, None);
+    let (problem, options) = (&tensors.problem, ScheduleOptions::default());
+    let schedule = backend.schedule(problem, &options, &tensors.inputs(), ()).expect("a schedule");
+    let mut scratch = backend.alloc(backend.workspace_bytes(problem, &schedule)).expect("workspace");
+    // wgpu tells of a loss once the queue is empty.
+    assert_eq!(backend.finish(&schedule, ()), Ok(()));
+    backend.device().destroy();
+    let lost = |result: polymla::Result<()>| match result {
+        Err(MlaError::Platform { backend: "wgpu", message, .. }) => assert!(!message.is_empty()),
+        other => panic!("{other:?}"),
+    };
+    lost(backend.alloc(64).map(drop));
+    lost(backend.upload(&[1, 2, 3, 4]).map(drop));
+    lost(backend.download(&tensors.buffers[5], &mut [0; 4]));
+    lost(backend.schedule(problem, &options, &tensors.inputs(), ()).map(drop));
+    let mut workspace = backend.workspace(&mut scratch);
+    lost(backend.run(problem, &schedule, &mut workspace, &tensors.inputs(), &mut tensors.outputs(), ()));
+    lost(backend.finish(&schedule, ()));
+}
+
+/// Tensors need not begin at multiples of anything but their element.
+#[test]
+fn tensors_may_begin_anywhere_in_a_buffer() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    let tensors = Tensors::new(&backend, &[200, 40, 256], &TABLE, None);
+    let options = ScheduleOptions { num_sm_parts: None, policy: SplitPolicy::BATCH_INVARIANT };
+    let (verdict, want_out, want_lse) = tensors.run(&options);
+    assert_eq!(verdict, Ok(()));
+    let device = MlaBackend::info(&backend).device;
+    for shift in [2usize, 258, 1030] {
+        let shifted: Vec<_> = [0usize, 1]
+            .into_iter()
+            .map(|i| {
+                let mut bytes = vec![0xff; shift + tensors.buffers[i].bytes()];
+                backend.download(&tensors.buffers[i], &mut bytes[shift..]).expect("a copy");
+                backend.upload(&bytes).expect("upload")
+            })
+            .collect();
+        let view = |param, i: usize, shape: &[usize]| {
+            let (dtype, shape, strides) = description(DType::Bf16, shape);
+            let (buffer, bytes) = (shifted[i].buffer(), tensors.buffers[i].bytes() as u64);
+            TensorView::from_object(param, buffer, shift as u64, bytes, dtype, &shape, &strides, device).expect(param)
+        };
+        let mut inputs = tensors.inputs();
+        inputs.query = Query::Fused(view("q", 0, &[3, 1, HEADS, 576]));
+        inputs.kv_cache = KvCache::Fused(view("k_cache", 1, &[PAGES, 64, 1, 576]));
+        let out_bytes = 3 * HEADS * 512 * 2;
+        let out_buffer = backend.upload(&vec![0x77; shift + out_bytes + 2]).expect("out");
+        let mut outputs = tensors.outputs();
+        let (dtype, shape, strides) = description(DType::Bf16, &[3, 1, HEADS, 512]);
+        outputs.out = TensorViewMut::from_object(
+            "out",
+            out_buffer.buffer(),
+            shift as u64,
+            out_bytes as u64,
+            dtype,
+            &shape,
+            &strides,
+            device,
+        )
+        .expect("out");
+        polymla::flash_mla_with_kvcache(&backend, &tensors.problem, &options, &inputs, &mut outputs, ()).expect("runs");
+        let mut bytes = vec![0u8; shift + out_bytes + 2];
+        backend.download(&out_buffer, &mut bytes).expect("out");
+        assert!(bytes[..shift].iter().chain(&bytes[shift + out_bytes..]).all(|b| *b == 0x77), "bytes around out");
+        let got: Vec<bf16> =
+            bytes[shift..shift + out_bytes].chunks(2).map(|c| bf16::from_le_bytes([c[0], c[1]])).collect();
+        assert!(got == want_out, "shift {shift}");
+        let mut lse = vec![0f32; want_lse.len()];
+        backend.download(&tensors.buffers[6], bytemuck::cast_slice_mut(&mut lse)).expect("lse");
+        assert_eq!(lse, want_lse);
+    }
+}

@@ -1,0 +1,123 @@
+//! With the limits of a browser: results, caches and workspaces larger than a binding.
+
+use std::path::Path;
+
+use polymla::conformance::random::{Limits, random_call, random_options};
+use polymla::conformance::{Call, Expected, HostTensor, Layout, POLICIES, Tolerance, check, check_with, golden};
+use polymla::wgpu::{WgpuBackend, api, shaders};
+use polymla::{DType, HostBackend, Problem, ScheduleOptions, SplitPolicy};
+
+fn golden_and_random(backend: &WgpuBackend, files: usize, seeds: std::ops::Range<u64>) {
+    let name = &HostBackend::info(backend).device_name;
+    let listed = golden::list(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")).unwrap();
+    assert!(listed.len() >= 14);
+    for file in &listed[..files.min(listed.len())] {
+        let call = golden::load(file).unwrap();
+        for (layout, policy) in [(Layout::Fused, POLICIES[0]), (Layout::Split, POLICIES[1])] {
+            let outcome = check(backend, &call, layout, policy);
+            assert!(outcome.passed(), "{name}, {} {layout} {policy:?}: {}", call.name, outcome.failure());
+        }
+    }
+    for seed in seeds {
+        let call = random_call(seed, &Limits { max_work: 2_000_000, ..Limits::any() }).unwrap();
+        let outcome = check_with(backend, &call, Layout::Given, &random_options(seed));
+        assert!(outcome.passed(), "{name}, {}: {}", call.name, outcome.failure());
+    }
+}
+
+#[test]
+fn every_path_is_right() {
+    let mut taken = 0;
+    for path in shaders::Path::ALL {
+        let Some(backend) = super::backend(WgpuBackend::new) else { return };
+        if !backend.has(path) {
+            eprintln!("SKIP path {}: the adapter lacks it", path.name());
+            assert!(backend.with_path(path).is_err());
+            continue;
+        }
+        golden_and_random(&backend.with_path(path).unwrap(), usize::MAX, 1000..1040);
+        taken += 1;
+    }
+    assert!(taken > 0);
+}
+
+#[test]
+fn the_limits_of_a_browser_suffice() {
+    let Some(backend) = super::backend(WgpuBackend::web_default) else { return };
+    let limits = backend.device().limits();
+    assert_eq!((limits.max_compute_workgroup_storage_size, limits.max_storage_buffers_per_shader_stage), (16 << 10, 8));
+    assert_eq!(limits.max_storage_buffer_binding_size, 128 << 20);
+    assert_eq!(backend.device().features(), api::Features::empty());
+    golden_and_random(&backend, 6, 2000..2040);
+}
+
+/// A tensor of small numbers, different ones wherever one looks.
+fn numbers(name: &'static str, shape: &[usize]) -> HostTensor {
+    let n: usize = shape.iter().product();
+    let mut state = 12345u32;
+    let values = (0..n).map(|_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    });
+    let values: Vec<f32> = values.collect();
+    HostTensor::from_bytes(name, DType::F32, shape, bytemuck::cast_slice(&values)).unwrap()
+}
+
+fn call(problem: Problem, block_table: &[i32], cache_seqlens: &[i32]) -> Call {
+    let p = &problem;
+    let tensors = vec![
+        ("q", numbers("q", &[p.b(), p.s_q(), p.h_q(), p.head_dim_k()])),
+        ("k_cache", numbers("k_cache", &[p.num_pages(), p.page_size(), p.h_kv(), p.head_dim_k()])),
+        ("block_table", HostTensor::from_i32("block_table", &[p.b(), p.max_pages_per_seq()], block_table).unwrap()),
+        ("cache_seqlens", HostTensor::from_i32("cache_seqlens", &[p.b()], cache_seqlens).unwrap()),
+    ];
+    let tolerance = Tolerance { out_abs: 1e-5, out_rel: 1e-5, cosine: 1e-10, lse_abs: 1e-5, lse_rel: 1e-5 };
+    let mut call =
+        Call { name: "large".into(), problem, tensors, output_strides: None, expected: None, tolerance };
+    let (out, lse) = polymla::reference::decode(&call.problem, &call.inputs().unwrap()).unwrap();
+    call.expected = Some(Expected { out, lse, ..Expected::default() });
+    call
+}
+
+/// Some pages of every request in the first window, some in the second; two page sizes, so that a step of 32 tokens
+/// lies in one page, and in several.
+#[test]
+fn a_cache_above_128_mib_goes_in_windows() {
+    let Some(backend) = super::backend(WgpuBackend::web_default) else { return };
+    for page_size in [64, 24] {
+        let row = 128 * 4;
+        let pages = (160 << 20) / (page_size * row);
+        let builder = Problem::builder(2).h_q(5).head_dim_k(128).head_dim_v(96).dtype(DType::F32);
+        let problem = builder.num_pages(pages).page_size(page_size).max_pages_per_seq(6).build().unwrap();
+        assert!(problem.bytes(&[]) as usize + pages * page_size * row > 128 << 20);
+        let last = pages as i32 - 1;
+        let table = [last, 0, last - 1, 7, last / 2, 3, 1, last - 7, 2, last - 9, 5, -1];
+        let lengths = [6 * page_size as i32 - 5, 5 * page_size as i32 - 1];
+        let call = call(problem, &table, &lengths);
+        for policy in [POLICIES[0], SplitPolicy::BatchInvariant { split_blocks: 1 }] {
+            let outcome = check(&backend, &call, Layout::Given, policy);
+            assert!(outcome.passed(), "page size {page_size}, {policy:?}: {}", outcome.failure());
+        }
+    }
+}
+
+/// Partial results of 48 requests that could each be split 33 ways: 200 MiB, so two groups of requests.
+#[test]
+fn a_workspace_above_128_mib_goes_in_groups_of_requests() {
+    let Some(backend) = super::backend(WgpuBackend::web_default) else { return };
+    let b = 48;
+    let builder = Problem::builder(b).h_q(64).head_dim_k(520).head_dim_v(512).dtype(DType::F32);
+    let problem = builder.num_pages(4).page_size(64).max_pages_per_seq(33).build().unwrap();
+    let table: Vec<i32> = (0..b * 33).map(|i| i as i32 % 4).collect();
+    let lengths: Vec<i32> = (0..b as i32).map(|i| [130, 0, 3][i as usize % 3] + i).collect();
+    let policy = SplitPolicy::BatchInvariant { split_blocks: 1 };
+    let all = b * 33 * 64 * 512 * 4;
+    assert!(all > 128 << 20);
+    let outcome = check_with(
+        &backend,
+        &call(problem, &table, &lengths),
+        Layout::Given,
+        &ScheduleOptions { num_sm_parts: None, policy },
+    );
+    assert!(outcome.passed(), "{}", outcome.failure());
+}

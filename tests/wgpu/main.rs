@@ -1,0 +1,21 @@
+//! The WGSL backend: its shaders, its limits, its errors. Results on the default adapter are checked by `golden` and
+//! `random` like any backend's; here every path and the limits of a browser are.
+
+mod device;
+mod limits;
+mod shaders;
+
+use polymla::wgpu::WgpuBackend;
+
+/// The default adapter; `None`, aloud, where there is none and `POLYMLA_REQUIRE` does not list `wgpu`.
+fn backend(open: fn() -> polymla::Result<WgpuBackend>) -> Option<WgpuBackend> {
+    match open() {
+        Ok(backend) => Some(backend),
+        Err(reason) => {
+            let required = polymla::conformance::required().expect("names of backends");
+            assert!(!required.iter().any(|name| name == "wgpu"), "{reason}");
+            eprintln!("SKIP wgpu: {reason}");
+            None
+        }
+    }
+}
