@@ -23,3 +23,5 @@ echo "== the suites that every backend passes"
 cargo test --features cli,wgpu --test golden --test random --test files
 echo "== the library's own tests"
 cargo test --features cli,wgpu --lib -- wgpu:: conformance::
+echo "== the README's support matrix is the registry's answer"
+POLYMLA_NVCC=none cargo test --features cli,sm90,cuda,hip,wgpu --test cli

@@ -15,3 +15,5 @@ echo "== the Hopper kernels compile, keep to their registers, and use the tensor
 bash scripts/check-cuda.sh
 echo "== HIP without a device: compilers, ROCm's library, the host code over a CPU (installs Debian packages)"
 bash scripts/check-hip.sh
+echo "== the WGSL backend on software Vulkan and in a browser (installs Debian packages)"
+bash scripts/check-wgpu.sh

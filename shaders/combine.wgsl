@@ -59,7 +59,7 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
         } else if blind {
             lse[at] = bitcast<f32>(infinity_bits());
         } else {
-            lse[at] = (top + precise_log2(sum)) * LN_2;
+            lse[at] = (top - WEIGHT_SHIFT + precise_log2(sum)) * LN_2;
         }
     }
     let out_row = params.out.x + request * params.out.y + row.s * params.out.z + row.head * params.out.w;
@@ -72,7 +72,8 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
             pair += weight * vec2<f32>(workspace[at], workspace[at + u32(second)]);
         }
         if !blind {
-            pair /= sum;
+            // Still shifted, as the weights were: store_pair undoes it.
+            pair /= sum * exp2(-WEIGHT_SHIFT);
         }
         store_pair(out_row + column * params.out_column, bad, pair, second);
     }

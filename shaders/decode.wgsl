@@ -171,7 +171,7 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
         scores = select(vec4<f32>(LOWEST), scores * params.scale_log2, seen);
         let highest = max(top, row_max(thread, max(max(scores.x, scores.y), max(scores.z, scores.w))));
         let factor = exp2(top - highest);
-        let weight = select(vec4<f32>(0.0), exp2(scores - highest), seen);
+        let weight = select(vec4<f32>(0.0), exp2(scores - highest + WEIGHT_SHIFT), seen);
         top = highest;
         sum = sum * factor + (weight.x + weight.y + weight.z + weight.w);
         for (var i = 0u; i < TOKENS_PER_LANE; i += 1u) {

@@ -66,6 +66,10 @@ fn parts_at(b: u32) -> u32 {
     return NUM_SPLITS_AT + b + 1u;
 }
 
+// Weights are exp2(score - maximum + WEIGHT_SHIFT). WGSL may flush subnormal numbers to zero; a weight whose own value
+// is subnormal, shifted, is not. Values of V up to 2^104 still cannot overflow the sum.
+const WEIGHT_SHIFT: f32 = 24.0;
+
 // Query rows of one workgroup: (s_q row, head) pairs that share a KV head, so that a key is loaded once for all.
 //#if COOPERATIVE_MATRIX
 const ROWS: u32 = 64;

@@ -1,10 +1,11 @@
-// Writing elements of out: rounding to nearest even, and halves of 32-bit words.
+// Writing elements of out: undoing the weights' shift, rounding to nearest even, and halves of 32-bit words.
 //
 // A 16-bit element shares its word with a neighbour, which may be another invocation's or none of this tensor's. Each
 // half is cleared and set by atomics that leave the other half alone; a pair that fills a word is stored at once.
 
 //#if F32
-@group(0) @binding(3) var<storage, read_write> out: array<f32>;
+// As bits: a number that is moved as one may be flushed too.
+@group(0) @binding(3) var<storage, read_write> out: array<u32>;
 //#else
 @group(0) @binding(3) var<storage, read_write> out: array<atomic<u32>>;
 //#endif
@@ -17,9 +18,17 @@ fn infinity_bits() -> u32 {
     return 0x7f800000u | (params.padding_0 & 0u);
 }
 
+// The bits of x * 2^-WEIGHT_SHIFT as an f32, subnormal ones too, which arithmetic might flush to zero.
+fn unshifted_bits(x: f32) -> u32 {
+    if abs(x) < exp2(WEIGHT_SHIFT - 126.0) {
+        // A subnormal number counts units of 2^-149.
+        return (bitcast<u32>(x) & 0x80000000u) | u32(round(abs(x) * exp2(64.0) * exp2(85.0 - WEIGHT_SHIFT)));
+    }
+    return bitcast<u32>(x * exp2(-WEIGHT_SHIFT));
+}
+
 //#if BF16
-fn to_bits(x: f32) -> u32 {
-    let bits = bitcast<u32>(x);
+fn to_bits(bits: u32) -> u32 {
     if (bits & 0x7fffffffu) > 0x7f800000u {
         return 0x7fc0u;
     }
@@ -28,8 +37,7 @@ fn to_bits(x: f32) -> u32 {
 //#endif
 //#if F16
 // By integers: what pack2x16float does with the last bit is left to the implementation.
-fn to_bits(x: f32) -> u32 {
-    let bits = bitcast<u32>(x);
+fn to_bits(bits: u32) -> u32 {
     let sign = (bits >> 16u) & 0x8000u;
     let magnitude = bits & 0x7fffffffu;
     if magnitude > 0x7f800000u {
@@ -54,10 +62,11 @@ fn to_bits(x: f32) -> u32 {
 //#endif
 
 //#if F32
+// Two neighbouring elements, of which the second may not exist.
 fn store_pair(at: u32, bad: bool, pair: vec2<f32>, second: bool) {
-    out[at] = bitcast<f32>(select(bitcast<u32>(pair.x), nan_bits(), bad));
+    out[at] = select(unshifted_bits(pair.x), nan_bits(), bad);
     if second {
-        out[at + params.out_column] = bitcast<f32>(select(bitcast<u32>(pair.y), nan_bits(), bad));
+        out[at + params.out_column] = select(unshifted_bits(pair.y), nan_bits(), bad);
     }
 }
 //#else
@@ -68,8 +77,8 @@ fn store_half(at: u32, bits: u32) {
 }
 
 fn store_pair(at: u32, bad: bool, pair: vec2<f32>, second: bool) {
-    let x = select(to_bits(pair.x), 0x7fffu, bad);
-    let y = select(to_bits(pair.y), 0x7fffu, bad);
+    let x = select(to_bits(unshifted_bits(pair.x)), 0x7fffu, bad);
+    let y = select(to_bits(unshifted_bits(pair.y)), 0x7fffu, bad);
     if second && params.out_column == 1u && (at & 1u) == 0u {
         atomicStore(&out[at >> 1u], x | (y << 16u));
         return;

@@ -74,7 +74,7 @@ impl Shape {
             let to_usize = |n| usize::try_from(n).unwrap_or(usize::MAX);
             return Err(MlaError::WorkspaceTooSmall { value: to_usize(bytes), limit: to_usize(needed) });
         }
-        let requests = most(requests.min(MAX_GROUPS).max(1), &|n| fits(n, row_tiles));
+        let requests = most(requests.clamp(1, MAX_GROUPS), &|n| fits(n, row_tiles));
         Ok(Chunk { requests, row_tiles })
     }
 }

@@ -110,7 +110,8 @@ impl Context {
             let mapped = receiver.try_recv().map_err(|e| platform("map_async", e.to_string()))?;
             mapped.map_err(|e| platform("map_async", e.to_string()))?;
             {
-                let view = staging.get_mapped_range(0..size).map_err(|e| platform("get_mapped_range", e.to_string()))?;
+                let view =
+                    staging.get_mapped_range(0..size).map_err(|e| platform("get_mapped_range", e.to_string()))?;
                 piece.copy_from_slice(&view[..piece.len()]);
             }
             staging.unmap();

@@ -246,9 +246,7 @@ impl WgpuBackend {
         let usage = ::wgpu::BufferUsages::QUERY_RESOLVE | ::wgpu::BufferUsages::COPY_SRC;
         let descriptor = ::wgpu::QuerySetDescriptor { label: None, ty: ::wgpu::QueryType::Timestamp, count: 2 };
         Ok(Timestamps {
-            queries: self
-                .context
-                .guarded("create_query_set", || self.context.device.create_query_set(&descriptor))?,
+            queries: self.context.guarded("create_query_set", || self.context.device.create_query_set(&descriptor))?,
             resolved: self.context.buffer(256, usage)?,
         })
     }
@@ -408,12 +406,7 @@ impl MlaBackend for WgpuBackend {
         schedule.take_verdict(&self.context)
     }
 
-    fn elapsed(
-        &self,
-        schedule: &WgpuSchedule,
-        stream: (),
-        work: &mut dyn FnMut() -> Result<()>,
-    ) -> Result<Duration> {
+    fn elapsed(&self, schedule: &WgpuSchedule, stream: (), work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         if !self.context.features.contains(::wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS) {
             let start = std::time::Instant::now();
             work()?;

@@ -52,10 +52,10 @@ fn compile(context: &Context, kernel: Kernel, path: Path, dtype: DType) -> Resul
     let text = source(kernel, path, dtype);
     let label = Some(kernel.name());
     context.guarded("create_compute_pipeline", || {
-        let layout =
-            device.create_bind_group_layout(&::wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+        let layout = device.create_bind_group_layout(&::wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
         let module = ::wgpu::ShaderModuleDescriptor { label, source: ::wgpu::ShaderSource::Wgsl(text.into()) };
-        let checks = ::wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..::wgpu::ShaderRuntimeChecks::checked() };
+        let checks =
+            ::wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..::wgpu::ShaderRuntimeChecks::checked() };
         // SAFETY: bounds are checked as ever. Loops are not counted: each one is bounded by a size of the problem, or by
         // a length or a plan that was checked on the device before.
         let module = unsafe { device.create_shader_module_trusted(module, checks) };

@@ -157,9 +157,7 @@ impl<'a> Places<'a> {
             }
         }
         match inputs().find(|(_, read)| read.buffer == scratch.buffer) {
-            Some((name, _)) => {
-                Err(super::refusal("workspace", format!("in the buffer of {name}"), OWN_BUFFER).into())
-            }
+            Some((name, _)) => Err(super::refusal("workspace", format!("in the buffer of {name}"), OWN_BUFFER).into()),
             None => Ok(()),
         }
     }

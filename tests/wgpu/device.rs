@@ -3,7 +3,7 @@
 use polymla::half::bf16;
 use polymla::wgpu::WgpuBackend;
 use polymla::{
-    Device, DType, Inputs, KvCache, Mask, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions, SplitPolicy,
+    DType, Device, Inputs, KvCache, Mask, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions, SplitPolicy,
     TensorView, TensorViewMut, Workspace, get_mla_metadata,
 };
 
@@ -217,16 +217,34 @@ fn calls_that_cannot_run_are_errors() {
     assert_eq!(good(&mut backend.workspace(&mut scratch)), Ok(()));
     let mut inputs = tensors.inputs();
     inputs.query = Query::Fused(
-        TensorView::from_object("q", &text, 0, 1 << 20, DType::Bf16, &[3, 1, HEADS, 576], &[1728, 1728, 576, 1], device)
-            .expect("claims"),
+        TensorView::from_object(
+            "q",
+            &text,
+            0,
+            1 << 20,
+            DType::Bf16,
+            &[3, 1, HEADS, 576],
+            &[1728, 1728, 576, 1],
+            device,
+        )
+        .expect("claims"),
     );
     let refused = run(&mut backend.workspace(&mut scratch), &inputs);
     assert!(matches!(refused, Err(MlaError::Unsupported(ref u)) if u.param == "q"), "{refused:?}");
     // A view that claims more than its buffer has.
     let short = tensors.buffers[6].buffer();
     inputs.query = Query::Fused(
-        TensorView::from_object("q", short, 0, 1 << 20, DType::Bf16, &[3, 1, HEADS, 576], &[1728, 1728, 576, 1], device)
-            .expect("claims"),
+        TensorView::from_object(
+            "q",
+            short,
+            0,
+            1 << 20,
+            DType::Bf16,
+            &[3, 1, HEADS, 576],
+            &[1728, 1728, 576, 1],
+            device,
+        )
+        .expect("claims"),
     );
     let refused = run(&mut backend.workspace(&mut scratch), &inputs);
     assert!(matches!(refused, Err(MlaError::StrideOverrun { param: "q", .. })), "{refused:?}");

@@ -72,8 +72,7 @@ fn call(problem: Problem, block_table: &[i32], cache_seqlens: &[i32]) -> Call {
         ("cache_seqlens", HostTensor::from_i32("cache_seqlens", &[p.b()], cache_seqlens).unwrap()),
     ];
     let tolerance = Tolerance { out_abs: 1e-5, out_rel: 1e-5, cosine: 1e-10, lse_abs: 1e-5, lse_rel: 1e-5 };
-    let mut call =
-        Call { name: "large".into(), problem, tensors, output_strides: None, expected: None, tolerance };
+    let mut call = Call { name: "large".into(), problem, tensors, output_strides: None, expected: None, tolerance };
     let (out, lse) = polymla::reference::decode(&call.problem, &call.inputs().unwrap()).unwrap();
     call.expected = Some(Expected { out, lse, ..Expected::default() });
     call
