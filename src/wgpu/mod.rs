@@ -158,7 +158,11 @@ impl WgpuBackend {
                 name: NAME,
                 device_name: String::new(),
                 device: Device::Accelerator { platform: NAME, ordinal: 0 },
-                evidence: Evidence::T5,
+                // A software adapter runs the kernels on this machine's CPU.
+                evidence: match context.adapter.device_type {
+                    ::wgpu::DeviceType::Cpu => Evidence::T3,
+                    _ => Evidence::T5,
+                },
             },
             context,
             pipelines: Pipelines::default(),
