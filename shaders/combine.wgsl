@@ -43,12 +43,15 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
     // The largest maximum, and the sum of all weights relative to it.
     var top = LOWEST;
     for (var i = begin; i < end; i += 1u) {
-        top = max(top, workspace[params.sums_at + (i * rows + local_row) * 2u]);
+        top = max(top, workspace[params.sums_at + (i * rows + local_row) * SUMS]);
     }
     var sum = 0.0;
+    var lse_sum = 0.0;
     for (var i = begin; i < end; i += 1u) {
-        let at = params.sums_at + (i * rows + local_row) * 2u;
-        sum += exp2(workspace[at] - top) * workspace[at + 1u];
+        let at = params.sums_at + (i * rows + local_row) * SUMS;
+        let weight = exp2(workspace[at] - top);
+        sum += weight * workspace[at + 1u];
+        lse_sum += weight * workspace[at + 2u];
     }
     let bad = bitcast<u32>(workspace[request]) == BAD_LENGTH;
     let blind = sum == 0.0;             // the row sees no key
@@ -59,7 +62,7 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
         } else if blind {
             lse[at] = bitcast<f32>(infinity_bits());
         } else {
-            lse[at] = (top - WEIGHT_SHIFT + precise_log2(sum)) * LN_2;
+            lse[at] = (top - WEIGHT_SHIFT + precise_log2(lse_sum)) * LN_2;
         }
     }
     let out_row = params.out.x + request * params.out.y + row.s * params.out.z + row.head * params.out.w;
@@ -67,7 +70,7 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
         let second = column + 1u < params.head_dim_v;
         var pair = vec2<f32>(0.0);
         for (var i = begin; i < end; i += 1u) {
-            let weight = exp2(workspace[params.sums_at + (i * rows + local_row) * 2u] - top);
+            let weight = exp2(workspace[params.sums_at + (i * rows + local_row) * SUMS] - top);
             let at = params.accumulators_at + (i * rows + local_row) * params.head_dim_v + column;
             pair += weight * vec2<f32>(workspace[at], workspace[at + u32(second)]);
         }

@@ -71,11 +71,16 @@ fn parts_at(b: u32) -> u32 {
 const WEIGHT_SHIFT: f32 = 24.0;
 
 // Query rows of one workgroup: (s_q row, head) pairs that share a KV head, so that a key is loaded once for all.
-//#if COOPERATIVE_MATRIX
+//#if ROWS_64
 const ROWS: u32 = 64;
+//#elif ROWS_32
+const ROWS: u32 = 32;
 //#else
 const ROWS: u32 = 16;
 //#endif
+
+// Words of `sums` a row.
+const SUMS: u32 = 3;
 
 @group(0) @binding(0) var<uniform> params: Params;
 

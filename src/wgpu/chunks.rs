@@ -36,18 +36,21 @@ pub(super) struct Layout {
     pub(super) words: u64,
 }
 
+/// Words that a partial row has beside its accumulators: `SUMS` of params.wgsl.
+const SUMS: u64 = 3;
+
 /// Row tiles and requests that the dimensions of a dispatch admit.
 const MAX_GROUPS: u64 = 65_535;
 
 impl Shape {
-    /// The workspace of a chunk: lengths, visible ends, maximum and sum of weights of every partial row, its
+    /// The workspace of a chunk: lengths, visible ends, maximum and sums of weights of every partial row, its
     /// accumulators. Saturates.
     pub(super) fn layout(&self, chunk: Chunk, windows: u64) -> Layout {
         let slots = self.slots.saturating_add(chunk.requests.saturating_mul(self.slots_per_request));
         let rows = slots.saturating_mul(windows).saturating_mul(chunk.row_tiles.saturating_mul(self.rows));
         let ends = chunk.requests;
         let sums = ends.saturating_add(chunk.requests.saturating_mul(self.s_q)).saturating_add(3) / 4 * 4;
-        let accumulators = sums.saturating_add(rows.saturating_mul(2)).saturating_add(3) / 4 * 4;
+        let accumulators = sums.saturating_add(rows.saturating_mul(SUMS)).saturating_add(3) / 4 * 4;
         let words = accumulators.saturating_add(rows.saturating_mul(self.head_dim_v));
         Layout { ends, sums, accumulators, words }
     }

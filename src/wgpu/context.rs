@@ -16,7 +16,6 @@ pub(super) struct Context {
     pub(super) features: ::wgpu::Features,
     pub(super) adapter: ::wgpu::AdapterInfo,
     /// Whether the device multiplies f16 matrices of 16 x 16 into f32.
-    #[expect(dead_code, reason = "the path that asks is not written yet")]
     pub(super) matrices: bool,
     /// Why the device was lost, once it was. A caller's own device has the caller's callback, not ours.
     lost: Arc<Mutex<Option<String>>>,

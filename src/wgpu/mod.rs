@@ -47,7 +47,8 @@ use crate::workspace::Workspace;
 /// The backend's name.
 pub const NAME: &str = "wgpu";
 
-/// Names the path of the decode kernel: `plain`, `subgroups`, `f16` or `matrix`; the best that the device has otherwise.
+/// Names the path of the decode kernel: `plain`, `subgroups`, `f16`, `matrix`, `matrix64`; the best that the device has
+/// otherwise.
 pub const PATH_VARIABLE: &str = "POLYMLA_WGPU_PATH";
 
 /// Bytes written between timed runs: several times the last cache of any device.
@@ -78,6 +79,11 @@ pub fn supports(problem: &Problem) -> std::result::Result<(), Unsupported> {
         }
     }
     Ok(())
+}
+
+/// Whether the sizes of a problem are multiples of a matrix's 16.
+fn suits_matrices(p: &Problem) -> bool {
+    [p.head_dim_k(), p.head_dim_v(), p.heads_per_kv(), p.page_size()].iter().all(|n| n.is_multiple_of(16))
 }
 
 /// MLA decoding by WGSL kernels.
@@ -172,7 +178,10 @@ impl WgpuBackend {
             timestamps: Mutex::default(),
         };
         let adapter = &backend.context.adapter;
-        let paths = Path::ALL.into_iter().filter(|p| backend.forced.map_or(backend.has(*p), |f| f == *p));
+        let paths = Path::ALL.into_iter().filter(|p| match backend.forced {
+            Some(forced) => forced == *p,
+            None => backend.has(*p) && !matches!(p, Path::EmulatedMatrix | Path::EmulatedMatrix64),
+        });
         backend.info.device_name = format!(
             "{} ({:?}, {}), paths {}",
             adapter.name,
@@ -201,18 +210,35 @@ impl WgpuBackend {
             Path::Plain => true,
             Path::Subgroups => subgroups,
             Path::NativeF16 => subgroups && features.contains(::wgpu::Features::SHADER_F16),
-            Path::CooperativeMatrix => false,
+            Path::Matrix | Path::Matrix64 => {
+                let one_size = (adapter.subgroup_min_size, adapter.subgroup_max_size) == (32, 32);
+                one_size && self.context.matrices && self.has(Path::NativeF16) && self.has_room(44 << 10, 256)
+            }
+            Path::EmulatedMatrix | Path::EmulatedMatrix64 => self.has(Path::NativeF16) && self.has_room(24 << 10, 128),
         }
     }
 
-    /// The path that problems of this element type take: the one asked for, or the plain one where that does not exist
-    /// for the type; the best that the device has otherwise.
-    fn path(&self, problem: &Problem) -> Path {
-        let dtype = problem.dtype();
-        match self.forced {
-            Some(path) if path.takes(dtype) => path,
-            Some(_) => Path::Plain,
-            None => Path::ALL.into_iter().rev().find(|p| p.takes(dtype) && self.has(*p)).unwrap_or(Path::Plain),
+    /// Whether a workgroup may be as large as the matrix paths' are.
+    fn has_room(&self, shared: u32, invocations: u32) -> bool {
+        let limits = &self.context.limits;
+        limits.max_compute_workgroup_storage_size >= shared
+            && limits.max_compute_invocations_per_workgroup >= invocations
+    }
+
+    /// The path that a problem takes: the one asked for, or the best that the device has; a plainer one where that does
+    /// not exist for the problem. Tensors whose rows begin anywhere take [`Path::NativeF16`] instead of matrices.
+    pub fn path(&self, problem: &Problem) -> Path {
+        let wanted = self.forced.unwrap_or_else(|| {
+            let tall = problem.s_q() * problem.heads_per_kv() > 32;
+            let matrix = if tall { Path::Matrix64 } else { Path::Matrix };
+            let order = [matrix, Path::NativeF16, Path::Subgroups];
+            order.into_iter().find(|p| self.has(*p) && p.takes(problem.dtype())).unwrap_or(Path::Plain)
+        });
+        match wanted {
+            _ if !wanted.takes(problem.dtype()) && self.has(Path::Subgroups) => Path::Subgroups,
+            _ if !wanted.takes(problem.dtype()) => Path::Plain,
+            _ if wanted.is_matrix() && !suits_matrices(problem) => Path::NativeF16,
+            _ => wanted,
         }
     }
 
@@ -335,8 +361,9 @@ impl MlaBackend for WgpuBackend {
         inputs.validate(problem, self.info.device)?;
         let (path, dtype) = (self.path(problem), problem.dtype());
         // Kernels are compiled here, so that `run` finds them in place.
+        let otherwise = path.is_matrix() && !run::rows_suit_matrices(inputs);
         for kernel in [Kernel::Prepare, Kernel::Decode, Kernel::Combine] {
-            self.kernel(kernel, path, dtype)?;
+            self.kernel(kernel, if otherwise { Path::NativeF16 } else { path }, dtype)?;
         }
         let rows_per_kv = problem.s_q() * problem.heads_per_kv();
         let row_tiles = (problem.h_kv() * rows_per_kv.div_ceil(path.rows())) as u64;
@@ -393,7 +420,10 @@ impl MlaBackend for WgpuBackend {
         if problem.rows() == 0 {
             return Ok(());
         }
-        let (path, dtype) = (self.path(problem), problem.dtype());
+        let (mut path, dtype) = (self.path(problem), problem.dtype());
+        if path.is_matrix() && !run::rows_suit_matrices(inputs) {
+            path = Path::NativeF16;
+        }
         let [prepare, decode, combine] = [Kernel::Prepare, Kernel::Decode, Kernel::Combine];
         let kernels = Kernels {
             prepare: &*self.kernel(prepare, path, dtype)?,

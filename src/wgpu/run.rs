@@ -195,6 +195,15 @@ fn steps_within(places: &[(&'static str, Option<Place<'_>>)], bytes: u64, what: 
     Ok(most)
 }
 
+/// Whether matrices can be loaded straight from the tensors: every row begins at a multiple of 8 elements.
+pub(super) fn rows_suit_matrices(inputs: &Inputs<'_>) -> bool {
+    inputs.tensors().filter(|(_, view)| view.shape().len() == 4).all(|(_, view)| {
+        let offset = view.object().map_or(1, |(_, offset)| offset);
+        let strides = view.shape().iter().zip(view.strides()).take(3);
+        offset.is_multiple_of(16) && strides.into_iter().all(|(n, stride)| *n <= 1 || stride.is_multiple_of(8))
+    })
+}
+
 /// Room that a binding needs beyond its tensor: it begins at a multiple of the alignment and ends with a whole word.
 fn slack(align: u64) -> u64 {
     align + 4
@@ -349,7 +358,7 @@ impl<'a> Call<'a> {
                     kpe: kpe.1,
                     ..params
                 },
-                groups: [self.schedule.num_parts() as u32, chunk.row_tiles as u32, slices],
+                groups: [chunk.row_tiles as u32, self.schedule.num_parts() as u32, slices],
             });
         }
         dispatches.push(Dispatch {

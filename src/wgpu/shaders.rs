@@ -1,9 +1,9 @@
 //! The WGSL files and the template that makes variants of them.
 //!
-//! A line that begins with `//#` is for the template: `//#if NAME`, `//#elif NAME`, `//#else`, `//#endif`, and
-//! `//#include "FILE"`. The web example has the same few lines in JavaScript.
-
-use std::fmt::Write as _;
+//! A line that begins with `//#` is for the template: `//#if NAME`, `//#elif NAME`, `//#else`, `//#endif`,
+//! `//#include "FILE"`, and `//#for v COUNT` to `//#endfor`, which repeats lines with $v replaced by 0, 1, ..: matrices
+//! need names, since an array of them that a compiler indexes at run time lies in memory. The web example has the same
+//! few lines in JavaScript.
 
 use crate::tensor::DType;
 
@@ -15,6 +15,8 @@ pub const FILES: &[(&str, &str)] = &[
     ("schedule.wgsl", include_str!("../../shaders/schedule.wgsl")),
     ("prepare.wgsl", include_str!("../../shaders/prepare.wgsl")),
     ("decode.wgsl", include_str!("../../shaders/decode.wgsl")),
+    ("vector.wgsl", include_str!("../../shaders/vector.wgsl")),
+    ("matrix.wgsl", include_str!("../../shaders/matrix.wgsl")),
     ("combine.wgsl", include_str!("../../shaders/combine.wgsl")),
 ];
 
@@ -65,21 +67,39 @@ pub enum Path {
     Subgroups,
     /// f16 tensors as f16, not as halves of words; subgroups too.
     NativeF16,
-    /// Products by cooperative matrices of 16 x 16.
-    CooperativeMatrix,
+    /// Products by cooperative matrices of 16 x 16, 32 query rows a workgroup. f16 only: bf16 has a range that f16 lacks.
+    Matrix,
+    /// The same, 64 query rows a workgroup.
+    Matrix64,
+    /// `Matrix` with matrices emulated by plain arithmetic: for tests on adapters without them.
+    EmulatedMatrix,
+    /// `Matrix64`, likewise.
+    EmulatedMatrix64,
 }
 
 impl Path {
-    /// All of them, plainest first.
-    pub const ALL: [Path; 4] = [Path::Plain, Path::Subgroups, Path::NativeF16, Path::CooperativeMatrix];
+    /// All of them, plainest first, what is only for tests last.
+    pub const ALL: [Path; 7] = [
+        Path::Plain,
+        Path::Subgroups,
+        Path::NativeF16,
+        Path::Matrix,
+        Path::Matrix64,
+        Path::EmulatedMatrix,
+        Path::EmulatedMatrix64,
+    ];
 
     /// Whether the path exists for an element type.
     pub fn takes(self, dtype: DType) -> bool {
         match self {
             Path::Plain | Path::Subgroups => dtype != DType::I32,
-            Path::NativeF16 => dtype == DType::F16,
-            Path::CooperativeMatrix => matches!(dtype, DType::Bf16 | DType::F16),
+            _ => dtype == DType::F16,
         }
+    }
+
+    /// Whether the path multiplies matrices of 16 x 16, cooperative or emulated.
+    pub fn is_matrix(self) -> bool {
+        !matches!(self, Path::Plain | Path::Subgroups | Path::NativeF16)
     }
 
     /// The name, as `polymla info` and the environment have it.
@@ -88,7 +108,10 @@ impl Path {
             Path::Plain => "plain",
             Path::Subgroups => "subgroups",
             Path::NativeF16 => "f16",
-            Path::CooperativeMatrix => "matrix",
+            Path::Matrix => "matrix",
+            Path::Matrix64 => "matrix64",
+            Path::EmulatedMatrix => "emulated-matrix",
+            Path::EmulatedMatrix64 => "emulated-matrix64",
         }
     }
 
@@ -97,17 +120,34 @@ impl Path {
             Path::Plain => &[],
             Path::Subgroups => &["SUBGROUPS"],
             Path::NativeF16 => &["SUBGROUPS", "NATIVE_F16"],
-            Path::CooperativeMatrix => &["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX"],
+            Path::Matrix => &["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX", "ROWS_32"],
+            Path::Matrix64 => &["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX", "ROWS_64"],
+            Path::EmulatedMatrix => &["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX", "EMULATED", "ROWS_32"],
+            Path::EmulatedMatrix64 => &["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX", "EMULATED", "ROWS_64"],
         }
+    }
+
+    fn is_emulated(self) -> bool {
+        matches!(self, Path::EmulatedMatrix | Path::EmulatedMatrix64)
+    }
+
+    /// Subgroups of a workgroup: `SUBGROUP_COUNT` of matrix.wgsl.
+    fn subgroups(self) -> usize {
+        if self.is_emulated() { 4 } else { 8 }
+    }
+
+    /// Columns of V of a workgroup: `COLUMNS` of vector.wgsl and matrix.wgsl.
+    pub(super) fn columns(self) -> usize {
+        if self.is_emulated() { 64 } else { 512 }
     }
 
     /// Query rows of a workgroup: `ROWS` of params.wgsl.
     pub(super) fn rows(self) -> usize {
-        if self == Path::CooperativeMatrix { 64 } else { 16 }
-    }
-    /// Columns of V of a workgroup: `COLUMNS` of decode.wgsl.
-    pub(super) fn columns(self) -> usize {
-        512
+        match self {
+            Path::Plain | Path::Subgroups | Path::NativeF16 => 16,
+            Path::Matrix | Path::EmulatedMatrix => 32,
+            Path::Matrix64 | Path::EmulatedMatrix64 => 64,
+        }
     }
 }
 
@@ -119,46 +159,91 @@ pub fn source(kernel: Kernel, path: Path, dtype: DType) -> String {
         DType::F32 => "F32",
         DType::I32 => "I32",
     };
-    let defines: Vec<&str> = path.defines().iter().copied().chain([element]).collect();
-    let mut text = String::new();
-    expand(&format!("{}.wgsl", kernel.name()), &defines, &mut text);
-    text
+    let template = Template {
+        defines: path.defines().iter().copied().chain([element]).collect(),
+        counts: vec![("MATRIX_ROWS", path.rows() / 16), ("MATRIX_COLUMNS", path.columns() / 16 / path.subgroups())],
+    };
+    let mut lines = Vec::new();
+    template.include(&format!("{}.wgsl", kernel.name()), &mut lines);
+    template.unroll(&lines)
 }
 
-/// Appends a file with its template lines carried out.
-fn expand(file: &str, defines: &[&str], text: &mut String) {
-    let Some((_, body)) = FILES.iter().find(|(name, _)| *name == file) else {
-        // Refused by the compiler, with the name in its message.
-        writeln!(text, "#include of {file}, which does not exist").expect("to a string");
-        return;
-    };
-    // For every open `if`: whether its present branch is taken, and whether one was.
-    let mut open: Vec<(bool, bool)> = Vec::new();
-    for line in body.lines() {
-        let mut words = line.trim_start().strip_prefix("//#").unwrap_or("").split_whitespace();
-        let directive = words.next();
-        let holds = words.next().unwrap_or("");
-        let is = |name: &str| name.strip_prefix('!').map_or(defines.contains(&name), |n| !defines.contains(&n));
-        let skipped = open.iter().any(|(taken, _)| !taken);
-        match (directive, open.last_mut()) {
-            (Some("if"), _) => open.push((is(holds), is(holds))),
-            (Some("elif"), Some((taken, done))) => {
-                *taken = !*done && is(holds);
-                *done |= *taken;
-            }
-            (Some("else"), Some((taken, done))) => {
-                *taken = !*done;
-                *done = true;
-            }
-            (Some("endif"), _) => {
-                open.pop();
-            }
-            _ if skipped => {}
-            (Some("include"), _) => expand(holds.trim_matches('"'), defines, text),
-            _ => {
-                text.push_str(line);
-                text.push('\n');
+struct Template {
+    defines: Vec<&'static str>,
+    counts: Vec<(&'static str, usize)>,
+}
+
+impl Template {
+    /// Appends a file's lines, conditions and includes carried out.
+    fn include(&self, file: &str, lines: &mut Vec<&'static str>) {
+        let Some((_, body)) = FILES.iter().find(|(name, _)| *name == file) else {
+            // Refused by the compiler.
+            lines.push("#include of a file that does not exist");
+            return;
+        };
+        // For every open `if`: whether its present branch is taken, and whether one was.
+        let mut open: Vec<(bool, bool)> = Vec::new();
+        for line in body.lines() {
+            let [directive, argument, _] = words(line);
+            let holds = match argument.strip_prefix('!') {
+                Some(name) => !self.defines.contains(&name),
+                None => self.defines.contains(&argument),
+            };
+            let skipped = open.iter().any(|(taken, _)| !taken);
+            match (directive, open.last_mut()) {
+                ("if", _) => open.push((holds, holds)),
+                ("elif", Some((taken, done))) => {
+                    *taken = !*done && holds;
+                    *done |= *taken;
+                }
+                ("else", Some((taken, done))) => {
+                    *taken = !*done;
+                    *done = true;
+                }
+                ("endif", _) => {
+                    open.pop();
+                }
+                _ if skipped => {}
+                ("include", _) => self.include(argument.trim_matches('"'), lines),
+                _ => lines.push(line),
             }
         }
     }
+
+    /// The lines with those between `//#for` and `//#endfor` repeated.
+    fn unroll(&self, lines: &[&str]) -> String {
+        let mut text = String::new();
+        let mut rest = lines.iter().enumerate();
+        while let Some((i, line)) = rest.next() {
+            let [directive, name, count] = words(line);
+            if directive != "for" {
+                text.push_str(line);
+                text.push('\n');
+                continue;
+            }
+            let mut depth = 1;
+            let inside = lines[i + 1..].iter().take_while(|line| {
+                match words(line)[0] {
+                    "for" => depth += 1,
+                    "endfor" => depth -= 1,
+                    _ => {}
+                }
+                depth > 0
+            });
+            let body = &lines[i + 1..i + 1 + inside.count()];
+            rest.nth(body.len());
+            let named = self.counts.iter().find(|(n, _)| *n == count).map(|(_, count)| *count);
+            let once = self.unroll(body);
+            for n in 0..named.or_else(|| count.parse().ok()).unwrap_or(0) {
+                text.push_str(&once.replace(&format!("${name}"), &n.to_string()));
+            }
+        }
+        text
+    }
+}
+
+/// The first words of a template line; empty ones of any other.
+fn words(line: &str) -> [&str; 3] {
+    let mut words = line.trim_start().strip_prefix("//#").unwrap_or("").split_whitespace();
+    std::array::from_fn(|_| words.next().unwrap_or(""))
 }

@@ -25,10 +25,41 @@ fn golden_and_random(backend: &WgpuBackend, files: usize, seeds: std::ops::Range
     }
 }
 
+/// Random problems that suit matrices: lengths that end anywhere, causal or not, rope or not, pages of 16 and more.
+fn matrix_problems(backend: &WgpuBackend, seeds: std::ops::Range<u64>) {
+    let (mut taken, mut causal) = (0, 0);
+    for seed in seeds {
+        let limits = Limits {
+            max_b: 3,
+            max_s_q: 3,
+            max_heads_per_kv: 64,
+            max_h_kv: 2,
+            head_dims: vec![(64, 64), (80, 64), (576, 512), (160, 96)],
+            page_sizes: vec![16, 48, 64],
+            max_tokens: 300,
+            dtypes: vec![DType::F16],
+            max_work: 1_500_000,
+            stride_multiple: 8,
+            ..Limits::any()
+        };
+        let call = random_call(seed, &limits).unwrap();
+        if !backend.path(&call.problem).is_matrix() {
+            continue;
+        }
+        let options = random_options(seed);
+        let outcome = check_with(backend, &call, Layout::Given, &options);
+        let name = &HostBackend::info(backend).device_name;
+        assert!(outcome.passed(), "{name}, {} {options:?}: {}", call.name, outcome.failure());
+        taken += 1;
+        causal += usize::from(call.problem.mask() != polymla::Mask::None);
+    }
+    assert!(taken >= 10 && causal > 0, "only {taken} problems suit matrices, {causal} of them masked");
+}
+
 #[test]
 fn every_path_is_right() {
     let mut taken = 0;
-    for path in shaders::Path::ALL {
+    for path in shaders::Path::ALL.into_iter().filter(|path| !path.is_matrix()) {
         let Some(backend) = super::backend(WgpuBackend::new) else { return };
         if !backend.has(path) {
             eprintln!("SKIP path {}: the adapter lacks it", path.name());
@@ -39,6 +70,23 @@ fn every_path_is_right() {
         taken += 1;
     }
     assert!(taken > 0);
+}
+
+/// With real matrices where the adapter has them; emulated everywhere, so that the rest of the path is checked without.
+#[test]
+fn matrix_paths_are_right() {
+    use shaders::Path::{EmulatedMatrix, EmulatedMatrix64, Matrix, Matrix64};
+    for path in [EmulatedMatrix, EmulatedMatrix64, Matrix, Matrix64] {
+        let Some(backend) = super::backend(WgpuBackend::new) else { return };
+        if !backend.has(path) {
+            eprintln!("SKIP path {}: the adapter lacks it", path.name());
+            continue;
+        }
+        let backend = backend.with_path(path).unwrap();
+        let emulated = matches!(path, EmulatedMatrix | EmulatedMatrix64);
+        matrix_problems(&backend, 0..400);
+        golden_and_random(&backend, if emulated { 0 } else { usize::MAX }, 3000..3020);
+    }
 }
 
 #[test]
