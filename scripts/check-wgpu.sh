@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The WGSL backend without a GPU: every variant through naga; golden files, random problems and a browser's limits on
-# Mesa's software Vulkan (lavapipe). Installs Debian's packages where they are missing, and says so.
+# Mesa's software Vulkan (lavapipe); examples/web in headless Chromium. Installs Debian's packages where they are
+# missing, and says so; POLYMLA_REQUIRE_BROWSER=1 makes the absence of Chromium a failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,5 +24,19 @@ echo "== the suites that every backend passes"
 cargo test --features cli,wgpu --test golden --test random --test files
 echo "== the library's own tests"
 cargo test --features cli,wgpu --lib -- wgpu:: conformance::
+echo "== the same files in a browser"
+if ! command -v chromium >/dev/null; then
+    echo "installing chromium"
+    apt-get update -qq
+    apt-get install -y -qq --no-install-recommends chromium >/dev/null || true
+fi
+if command -v chromium >/dev/null; then
+    python3 scripts/check_web.py
+elif [ -n "${POLYMLA_REQUIRE_BROWSER:-}" ]; then
+    echo "chromium is required and could not be installed" >&2
+    exit 1
+else
+    echo "SKIP the browser: chromium could not be installed"
+fi
 echo "== the README's support matrix is the registry's answer"
 POLYMLA_NVCC=none cargo test --features cli,sm90,cuda,hip,wgpu --test cli

@@ -24,6 +24,7 @@ const TOKENS: u32 = 32;
 const LANES: u32 = THREADS / ROWS;              // invocations that share a row's scores
 const TOKENS_PER_LANE: u32 = TOKENS / LANES;
 const SHARES: u32 = THREADS / ROWS;             // subgroups that share the columns of 32 rows' scores
+const UNROLLED: u32 = 2;                        // matrices of a row of Q, or of keys, loaded at a time
 const MAX_RISE: f32 = 8.0;
 
 var<workgroup> shares: array<f32, SUBGROUP_COUNT * 1024>;       // for each subgroup 32 rows x 32 tokens
@@ -195,10 +196,27 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
         var score_0_1 = MatrixC();
         var score_1_0 = MatrixC();
         var score_1_1 = MatrixC();
-        let q_pitch = params.q_nope.w;
-        for (var c = share * 16u; c < params.head_dim_v; c += SHARES * 16u) {
-            let q_0 = load_q_nope(q_nope_rows[first_a] + c, q_pitch);
-            let q_1 = load_q_nope(q_nope_rows[first_b] + c, q_pitch);
+        // Loads of several matrices are under way before the first is needed.
+        let pitch = SHARES * 16u;
+        var c = share * 16u;
+        while c + (UNROLLED - 1u) * pitch < params.head_dim_v {
+//#for u 2
+            let q_0_$u = load_q_nope(q_nope_rows[first_a] + c + $uu * pitch, params.q_nope.w);
+            let q_1_$u = load_q_nope(q_nope_rows[first_b] + c + $uu * pitch, params.q_nope.w);
+            let k_0_$u = load_keys_nope(keys_0.ckv + c + $uu * pitch, params.ckv.z);
+            let k_1_$u = load_keys_nope(keys_1.ckv + c + $uu * pitch, params.ckv.z);
+//#endfor
+//#for u 2
+            score_0_0 = multiply_add(q_0_$u, k_0_$u, score_0_0);
+            score_0_1 = multiply_add(q_0_$u, k_1_$u, score_0_1);
+            score_1_0 = multiply_add(q_1_$u, k_0_$u, score_1_0);
+            score_1_1 = multiply_add(q_1_$u, k_1_$u, score_1_1);
+//#endfor
+            c += UNROLLED * pitch;
+        }
+        for (; c < params.head_dim_v; c += pitch) {
+            let q_0 = load_q_nope(q_nope_rows[first_a] + c, params.q_nope.w);
+            let q_1 = load_q_nope(q_nope_rows[first_b] + c, params.q_nope.w);
             let k_0 = load_keys_nope(keys_0.ckv + c, params.ckv.z);
             let k_1 = load_keys_nope(keys_1.ckv + c, params.ckv.z);
             score_0_0 = multiply_add(q_0, k_0, score_0_0);
@@ -208,7 +226,7 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
         }
         // The shares of the rope part go to the subgroups that had least before.
         let rope = params.head_dim_k - params.head_dim_v;
-        for (var c = (SHARES - 1u - share) * 16u; c < rope; c += SHARES * 16u) {
+        for (var c = (SHARES - 1u - share) * 16u; c < rope; c += pitch) {
             let q_0 = load_q_pe(q_pe_rows[first_a] + c, params.q_pe.w);
             let q_1 = load_q_pe(q_pe_rows[first_b] + c, params.q_pe.w);
             let k_0 = load_keys_pe(keys_0.kpe + c, params.kpe.z);
@@ -289,6 +307,17 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 //#for m MATRIX_ROWS
             let weights_$m = load_weights($mu * 16u * TOKENS + g * 16u);
 //#endfor
+            if valid == 16u && slice * COLUMNS + COLUMNS <= params.head_dim_v {
+//#for c MATRIX_COLUMNS
+                let v_$c = load_values(values + column + $cu * 16u, params.ckv.z);
+//#endfor
+//#for c MATRIX_COLUMNS
+//#for m MATRIX_ROWS
+                sum_$m_$c = multiply_add(weights_$m, v_$c, sum_$m_$c);
+//#endfor
+//#endfor
+                continue;
+            }
 //#for c MATRIX_COLUMNS
             if valid == 16u {
                 if column + $cu * 16u < params.head_dim_v {

@@ -67,8 +67,8 @@ function worst(values, expected, abs, rel) {
   return { difference, ratio };
 }
 
-/** How far results are from the expected ones. `passed` where every difference is within its allowance. */
-export function compare(call, out, lse) {
+/** How far results are from the expected ones. `passed` where every difference is within `allowance` of its tolerance. */
+export function compare(call, out, lse, allowance) {
   const t = call.tolerance;
   const outError = worst(out, call.out, t.outAbs, t.outRel);
   const lseError = worst(lse, call.lse, t.lseAbs, t.lseRel);
@@ -79,7 +79,7 @@ export function compare(call, out, lse) {
   });
   const cosine = norms > 0 ? Math.max(0, 1 - (2 * dot) / norms) : 0;
   const sizes = out.length === call.out.length && lse.length === call.lse.length;
-  const passed = sizes && outError.ratio <= 1 && lseError.ratio <= 1 && cosine <= t.cosine;
+  const passed = sizes && Math.max(outError.ratio, lseError.ratio, cosine / t.cosine) <= allowance;
   return { passed, out: outError, lse: lseError, cosine };
 }
 

@@ -51,6 +51,9 @@ pub const NAME: &str = "wgpu";
 /// otherwise.
 pub const PATH_VARIABLE: &str = "POLYMLA_WGPU_PATH";
 
+/// Names the number of workgroups that fill the device, which wgpu does not tell.
+pub const WORKGROUPS_VARIABLE: &str = "POLYMLA_WGPU_WORKGROUPS";
+
 /// Bytes written between timed runs: several times the last cache of any device.
 const FLUSH_BYTES: u64 = 1 << 30;
 
@@ -93,6 +96,8 @@ pub struct WgpuBackend {
     pipelines: Pipelines,
     /// The path that was asked for, which is then the only one taken.
     forced: Option<Path>,
+    /// Workgroups that fill the device.
+    workgroups: usize,
     /// Bound where a kernel declares a tensor that a call does not have.
     dummy: ::wgpu::Buffer,
     flush: Mutex<Option<::wgpu::Buffer>>,
@@ -159,6 +164,20 @@ impl WgpuBackend {
 
     fn on(context: Context, forced: Option<Path>) -> Result<WgpuBackend> {
         let dummy = context.buffer(256, memory::USAGE)?;
+        let named = std::env::var(WORKGROUPS_VARIABLE).unwrap_or_default();
+        let workgroups = match named.parse() {
+            Ok(n) if (1..=65_535).contains(&n) => n,
+            _ if !named.is_empty() => {
+                let limit = "1 to 65535".into();
+                return Err(MlaError::Environment { param: WORKGROUPS_VARIABLE, value: named, limit });
+            }
+            // Workgroups beyond what runs at once cost little: each is long, and the last ones even out.
+            _ => match context.adapter.device_type {
+                ::wgpu::DeviceType::Cpu => 8,
+                ::wgpu::DeviceType::DiscreteGpu => 528,
+                _ => 128,
+            },
+        };
         let mut backend = WgpuBackend {
             info: BackendInfo {
                 name: NAME,
@@ -173,6 +192,7 @@ impl WgpuBackend {
             context,
             pipelines: Pipelines::default(),
             forced,
+            workgroups,
             dummy,
             flush: Mutex::default(),
             timestamps: Mutex::default(),
@@ -244,14 +264,7 @@ impl WgpuBackend {
 
     /// Parts that fill the device.
     fn default_parts(&self, row_tiles: u64, slices: usize) -> usize {
-        // wgpu does not say how many multiprocessors there are. Workgroups beyond what runs at once cost little: each
-        // is long, and the last ones even out.
-        let workgroups = match self.context.adapter.device_type {
-            ::wgpu::DeviceType::Cpu => 8,
-            ::wgpu::DeviceType::DiscreteGpu => 528,
-            _ => 128,
-        };
-        workgroups / (row_tiles as usize * slices).max(1)
+        self.workgroups / (row_tiles as usize * slices).max(1)
     }
 
     fn kernel(&self, kernel: Kernel, path: Path, dtype: DType) -> Result<Arc<Pipeline>> {

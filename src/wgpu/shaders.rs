@@ -20,6 +20,9 @@ pub const FILES: &[(&str, &str)] = &[
     ("combine.wgsl", include_str!("../../shaders/combine.wgsl")),
 ];
 
+/// Names a folder with shader files to use in place of those of the same name: kernels can be tuned without a rebuild.
+pub const FOLDER_VARIABLE: &str = "POLYMLA_SHADER_DIR";
+
 /// The kernels: file, entry point, and whether each storage binding from 1 on is only read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kernel {
@@ -175,10 +178,13 @@ struct Template {
 
 impl Template {
     /// Appends a file's lines, conditions and includes carried out.
-    fn include(&self, file: &str, lines: &mut Vec<&'static str>) {
-        let Some((_, body)) = FILES.iter().find(|(name, _)| *name == file) else {
+    fn include(&self, file: &str, lines: &mut Vec<String>) {
+        let built_in = FILES.iter().find(|(name, _)| *name == file).map(|(_, body)| (*body).to_string());
+        let folder = std::env::var_os(FOLDER_VARIABLE).filter(|folder| !folder.is_empty());
+        let on_disk = folder.and_then(|folder| std::fs::read_to_string(std::path::Path::new(&folder).join(file)).ok());
+        let Some(body) = on_disk.or(built_in) else {
             // Refused by the compiler.
-            lines.push("#include of a file that does not exist");
+            lines.push("#include of a file that does not exist".into());
             return;
         };
         // For every open `if`: whether its present branch is taken, and whether one was.
@@ -205,13 +211,13 @@ impl Template {
                 }
                 _ if skipped => {}
                 ("include", _) => self.include(argument.trim_matches('"'), lines),
-                _ => lines.push(line),
+                _ => lines.push(line.into()),
             }
         }
     }
 
     /// The lines with those between `//#for` and `//#endfor` repeated.
-    fn unroll(&self, lines: &[&str]) -> String {
+    fn unroll(&self, lines: &[String]) -> String {
         let mut text = String::new();
         let mut rest = lines.iter().enumerate();
         while let Some((i, line)) = rest.next() {

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Proof and timing of the WGSL backend on a machine that has a GPU with Vulkan, but no Rust.
+#
+#   scripts/device-wgpu.sh build          here: binaries into .carry/wgpu
+#   scripts/device-wgpu.sh run            there, in the repository's root with .carry/wgpu beside it
+#
+# `run` looks for Debian packages of the Vulkan loader in .carry/wgpu/*.deb and unpacks them where there is none.
+# Results go to $OUT (else .carry/wgpu/out): one log a step. Every step runs, whatever became of those before, and is
+# ended after its own limit of time; the last line counts them. Folders .carry/wgpu/shaders-* are timed as variants.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+carry=$PWD/.carry/wgpu
+
+build() {
+    local target=${CARGO_TARGET_DIR:-$PWD/target} tests
+    mkdir -p "$carry"
+    cargo build --release --features cli,wgpu
+    cp "$target/release/polymla" "$carry/polymla"
+    tests=$(cargo test --no-run --features cli,wgpu --test wgpu --message-format=json |
+        python3 -c 'import json,sys
+for line in sys.stdin:
+    m = json.loads(line)
+    if m.get("executable") and m["target"]["name"] == "wgpu":
+        print(m["executable"])')
+    cp "$tests" "$carry/wgpu-tests"
+    strip "$carry/polymla" "$carry/wgpu-tests"
+    ls -l "$carry"
+}
+
+loader() {
+    if ! ldconfig -p | grep -q libvulkan.so.1 && compgen -G "$carry/*.deb" >/dev/null; then
+        for deb in "$carry"/*.deb; do dpkg -x "$deb" /; done
+        ldconfig
+    fi
+    local icd=/usr/local/nvidia/share/vulkan/icd.d/nvidia_icd.json
+    if [ -e "$icd" ]; then export VK_DRIVER_FILES=$icd VK_ICD_FILENAMES=$icd; fi
+    export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
+}
+
+step() {
+    local name=$1 limit=$2 status=0 start=$SECONDS
+    shift 2
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+    echo "== $name: status $status, $((SECONDS - start)) s"
+    grep -E "^(wgpu|polymla|test |random| *[0-9]+ |[a-z0-9_]+ +(pass|FAIL))|panicked|checks passed|error|of allow" "$out/$name.log" |
+        cut -c1-200 | tail -n "${LINES_SHOWN:-40}" || true
+    if [ $status -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+}
+
+# bench NAME LIMIT DTYPE SHAPE...
+bench() {
+    local name=$1 limit=$2 dtype=$3 shapes=() shape
+    shift 3
+    for shape in "$@"; do shapes+=(--shape "$shape"); done
+    step "bench-$name" "$limit" "$carry/polymla" bench --backend wgpu --dtype "$dtype" "${shapes[@]}"
+}
+
+run() {
+    out=${OUT:-$carry/out}
+    mkdir -p "$out"
+    passed=0 failed=0
+    loader
+    export POLYMLA_REQUIRE=wgpu RUST_BACKTRACE=0
+    "$carry/polymla" info 2>&1 | grep -A1 '^wgpu ' || true
+    step golden 40 "$carry/polymla" conformance --backend wgpu tests/golden
+    step matrix 40 "$carry/wgpu-tests" --test-threads 4 limits::matrix_paths_are_right limits::every_path_is_right
+    local large=(128,1,128,4096 128,2,128,4096 128,1,16,4096 128,1,16,16384 128,1,64,4096)
+    local small=(1,1,128,8192 1,1,16,8192 8,1,128,4096 32,1,64,8192)
+    bench f16 40 f16 "${large[@]}" "${small[@]}"
+    bench bf16 40 bf16 "${large[@]}" "${small[@]}"
+    local n folder
+    for n in 132 264 1056; do
+        POLYMLA_WGPU_WORKGROUPS=$n bench "f16-$n-workgroups" 20 f16 128,1,128,4096 128,1,16,4096
+    done
+    POLYMLA_WGPU_PATH=matrix bench f16-32-rows 20 f16 128,1,128,4096 128,1,64,4096
+    POLYMLA_WGPU_PATH=f16 bench f16-no-matrices 20 f16 128,1,128,4096 128,1,16,4096
+    for folder in "$carry"/shaders-*; do
+        [ -d "$folder" ] || continue
+        n=$(basename "$folder")
+        POLYMLA_SHADER_DIR=$folder bench "f16-$n" 20 f16 128,1,128,4096 128,1,16,4096 1,1,128,8192
+        POLYMLA_SHADER_DIR=$folder step "golden-$n" 15 "$carry/polymla" conformance --backend wgpu tests/golden/dense_fp16*
+    done
+    step random 40 "$carry/polymla" conformance --backend wgpu --random 100 tests/golden/dense_bf16_b1_sq1_hq16_sk64.safetensors
+    step tests 60 "$carry/wgpu-tests" --test-threads 2 device:: limits::a_
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+}
+
+case ${1:-} in
+    build) build ;;
+    run) run ;;
+    *) sed -n '2,10p' "$0" && exit 2 ;;
+esac
