@@ -4,7 +4,7 @@
 #   scripts/device-wgpu.sh build          here: binaries into .carry/wgpu
 #   scripts/device-wgpu.sh run            there, in the repository's root with .carry/wgpu beside it
 #
-# `run` looks for Debian packages of the Vulkan loader in .carry/wgpu/*.deb and unpacks them where there is none.
+# `run` looks for Debian packages of the Vulkan loader in .carry/wgpu/*.deb and uses them where there is none.
 # Results go to $OUT (else .carry/wgpu/out): one log a step. Every step runs, whatever became of those before, and is
 # ended after its own limit of time; the last line counts them. Folders .carry/wgpu/shaders-* are timed as variants.
 set -euo pipefail
@@ -27,10 +27,13 @@ for line in sys.stdin:
     ls -l "$carry"
 }
 
+# Packages go to a folder of their own: unpacked over the system they might break it.
 loader() {
+    local root
+    root=$(mktemp -d)
     if ! ldconfig -p | grep -q libvulkan.so.1 && compgen -G "$carry/*.deb" >/dev/null; then
-        for deb in "$carry"/*.deb; do dpkg -x "$deb" /; done
-        ldconfig
+        for deb in "$carry"/*.deb; do dpkg -x "$deb" "$root"; done
+        export LD_LIBRARY_PATH=$root/usr/lib/x86_64-linux-gnu:/usr/local/nvidia/lib64:/usr/local/nvidia/lib
     fi
     local icd=/usr/local/nvidia/share/vulkan/icd.d/nvidia_icd.json
     if [ -e "$icd" ]; then export VK_DRIVER_FILES=$icd VK_ICD_FILENAMES=$icd; fi
