@@ -73,6 +73,46 @@ PM_DEV void pm_ldmatrix_x4_trans(u32 (&r)[4], const char* at) {
                  : "memory");
 }
 
+// ---- for the kernel with roles ----
+// The registers of each thread of this group of 128 from now on.
+template <int COUNT, bool MORE>
+PM_DEV void pm_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if (MORE)
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+    else
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+// A barrier of `threads` threads, some of which may only arrive.
+PM_DEV void pm_bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+PM_DEV void pm_bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// A barrier in shared memory of 8 bytes, whose phases complete by `arrivals` arrivals each.
+PM_DEV void pm_mbar_init(char* at, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(pm_shared(at)), "r"(arrivals) : "memory");
+}
+PM_DEV void pm_mbar_arrive(char* at) {
+    asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(pm_shared(at)) : "memory");
+}
+// Arrives once this thread's copies so far have landed.
+PM_DEV void pm_copy_arrive(char* at) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(pm_shared(at)) : "memory");
+}
+// Waits for the end of the phase of this parity.
+PM_DEV void pm_mbar_wait(char* at, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+#define PM_MBAR_TEST "mbarrier.try_wait.parity.shared.b64"
+#else
+#define PM_MBAR_TEST "mbarrier.test_wait.parity.shared.b64"
+#endif
+    u32 done = 0;
+    while (!done)
+        asm volatile("{\n .reg .pred over;\n " PM_MBAR_TEST " over, [%1], %2;\n selp.u32 %0, 1, 0, over;\n}"
+                     : "=r"(done)
+                     : "r"(pm_shared(at)), "r"(parity)
+                     : "memory");
+}
+
 struct Bf16;
 struct F16;
 
@@ -121,6 +161,7 @@ PM_DEV void pm_grid_release() {}
 #if __CUDA_ARCH__ >= 800 && !defined(POLYMLA_FMA)
 #include "tile_mma.h"
 #define PM_TILE MmaTile
+#define PM_ROLES 1       // named barriers, and copies that arrive on one
 #else
 #include "tile_fma.h"
 #define PM_TILE FmaTile

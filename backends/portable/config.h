@@ -74,6 +74,10 @@ struct Config {
     static constexpr int s = state + 64;
     static constexpr int total = s + (S_OVERLAY ? 0 : S_BYTES);
     static_assert(!S_OVERLAY || S_BYTES <= STAGE_BYTES / 2, "the scores fit the late half");
+    // The kernel with roles keeps no scores.
+    static constexpr int room = s;                  // f32 [2][M]: maxima and sums of the warps that share rows
+    static constexpr int barriers = room + 2 * M * 4;
+    static constexpr int roles_total = barriers + 64;
     static_assert(total <= POLYMLA_SMEM_KIB * 1024, "the class's shared memory");
 };
 

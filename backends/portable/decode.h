@@ -146,9 +146,9 @@ struct Decoder {
         if (part == 0) reinterpret_cast<float*>(smem + C::factor)[r] = factor;
     }
 
-    static PM_DEV void pv(char* smem, const char* stage, Acc (&acc)[C::GROUPS][C::MT][4]) {
+    // Multiplies O by the factors of its rows, unless all are 1.
+    static PM_DEV void rescale(const char* smem, Acc (&acc)[C::GROUPS][C::MT][4]) {
         const float* factor = reinterpret_cast<const float*>(smem + C::factor);
-        const int warp = pm_thread() / PM_WARP;
         float f[C::MT][Tile::SIZE];     // mostly one value for several i; the compiler sees which
         bool rescale = false;
 #pragma unroll
@@ -158,16 +158,20 @@ struct Decoder {
                 f[m][i] = factor[16 * m + Tile::pv_row(i)];
                 rescale = rescale || f[m][i] != 1.0f;
             }
-        if (rescale) {                  // rare once the maximum has settled
+        if (!rescale) return;           // mostly so, once the maximum has settled
 #pragma unroll
-            for (int g = 0; g < C::GROUPS; ++g)
+        for (int g = 0; g < C::GROUPS; ++g)
 #pragma unroll
-                for (int m = 0; m < C::MT; ++m)
+            for (int m = 0; m < C::MT; ++m)
 #pragma unroll
-                    for (int t = 0; t < 4; ++t)
+                for (int t = 0; t < 4; ++t)
 #pragma unroll
-                        for (int i = 0; i < Tile::SIZE; ++i) acc[g][m][t].v[i] *= f[m][i];
-        }
+                    for (int i = 0; i < Tile::SIZE; ++i) acc[g][m][t].v[i] *= f[m][i];
+    }
+
+    static PM_DEV void pv(char* smem, const char* stage, Acc (&acc)[C::GROUPS][C::MT][4]) {
+        const int warp = pm_thread() / PM_WARP;
+        rescale(smem, acc);
         const Swizzled<C::N / 8> weights = {smem + C::p};
         const Swizzled<C::U> value = {const_cast<char*>(stage)};
 #pragma unroll
@@ -220,6 +224,34 @@ struct Decoder {
             }
     }
 
+    // Ends row r of the tile: its lse, where its O goes (-1: nowhere), what O is multiplied by.
+    static PM_DEV void finish_row(const DecodeParams& p, const Segment& s, int kv_head, int row0, int r, int limit, float m,
+                                  float l, char* smem, i64* offset) {
+        offset[r] = -1;
+        if (limit == -2) return;
+        const Row row(p, kv_head, row0 + r);
+        const bool invalid = *reinterpret_cast<const int*>(smem + C::bad) != 0 || limit == -1;
+        const bool empty = l == 0.0f;
+        reinterpret_cast<float*>(smem + C::factor)[r] = invalid ? pm_nan() : empty ? 0.0f : 1.0f / l;
+        const float log2_sum = invalid ? pm_nan() : empty ? -pm_inf() : m + pm_log2(l);
+        if (s.slot < 0) {
+            store_lse(p, s.req, row, log2_sum);
+            offset[r] = out_offset(p, s.req, row);
+        } else {
+            const i64 at = partial_row(p, s.slot, kv_head, row0 + r);
+            p.partial_lse[at] = log2_sum;
+            offset[r] = at * C::DV;
+        }
+    }
+
+    // Keys that row r of the tile sees; -1 invalid, -2 no such row.
+    static PM_DEV void find_limit(const DecodeParams& p, const Segment& s, int row0, int r, char* smem) {
+        int v = -2;
+        if (row0 + r < p.s_q * p.heads_per_kv) v = visible_end(p, s.req, (row0 + r) / p.heads_per_kv, s.len);
+        if (v == -1) report(p.status, s.req);
+        reinterpret_cast<int*>(smem + C::limit)[r] = v;
+    }
+
     static PM_DEV void segment(const DecodeParams& p, const Segment& s, int kv_head, int row0, char* smem) {
         int* limit = reinterpret_cast<int*>(smem + C::limit);
         int* bad = reinterpret_cast<int*>(smem + C::bad);
@@ -230,12 +262,7 @@ struct Decoder {
         const int tokens = loader.last > loader.first ? loader.last - loader.first : 0;
         const int tiles = int((u32(tokens) + C::N - 1) / C::N);
 
-        for (int r = pm_thread(); r < C::M; r += DECODE_THREADS) {
-            int v = -2;
-            if (row0 + r < p.s_q * p.heads_per_kv) v = visible_end(p, s.req, (row0 + r) / p.heads_per_kv, s.len);
-            if (v == -1) report(p.status, s.req);
-            limit[r] = v;
-        }
+        for (int r = pm_thread(); r < C::M; r += DECODE_THREADS) find_limit(p, s, row0, r, smem);
         if (s.bad) report(p.status, s.req);
         if (C::Q_COLS == C::DK && tiles > 0) load_q<C>(p, s.req, kv_head, row0, 0, smem);
         loader.look_up(p, s, 0);
@@ -294,22 +321,7 @@ struct Decoder {
         i64* offset = reinterpret_cast<i64*>(smem + C::q);
         const int r = pm_thread() / C::TPR;
         if (pm_thread() % C::TPR == 0 && r < C::M) {
-            offset[r] = -1;
-            if (limit[r] != -2) {
-                const Row row(p, kv_head, row0 + r);
-                const bool invalid = *bad != 0 || limit[r] == -1;
-                const bool empty = state.l == 0.0f;
-                reinterpret_cast<float*>(smem + C::factor)[r] = invalid ? pm_nan() : empty ? 0.0f : 1.0f / state.l;
-                const float log2_sum = invalid ? pm_nan() : empty ? -pm_inf() : state.m + pm_log2(state.l);
-                if (s.slot < 0) {
-                    store_lse(p, s.req, row, log2_sum);
-                    offset[r] = out_offset(p, s.req, row);
-                } else {
-                    const i64 at = partial_row(p, s.slot, kv_head, row0 + r);
-                    p.partial_lse[at] = log2_sum;
-                    offset[r] = at * C::DV;
-                }
-            }
+            finish_row(p, s, kv_head, row0, r, limit[r], state.m, state.l, smem, offset);
         }
         pm_sync();
         if (s.slot < 0)
@@ -325,6 +337,13 @@ struct Decoder {
         int more;
     };
 
+    static PM_DEV void next_segment(const DecodeParams& p, State& state, char* smem) {
+        state.more = state.walk.next(p, state.segment);
+        // With nowhere to put a partial result, the request becomes NaN.
+        if (state.segment.slot >= p.slots) state.segment.slot = -1;
+        *reinterpret_cast<int*>(smem + C::bad) = state.segment.bad;
+    }
+
     static PM_DEV void run(const DecodeParams& p, char* smem) {
         static_assert(sizeof(State) <= 64, "the room that config.h gives");
         const int m_tiles = (p.s_q * p.heads_per_kv + C::M - 1) / C::M;
@@ -333,12 +352,7 @@ struct Decoder {
         if (pm_thread() == 0) state.walk.begin(p, pm_block() / m_tiles / p.h_kv);
         for (;;) {
             pm_sync();                  // the segment before is done with shared memory
-            if (pm_thread() == 0) {
-                state.more = state.walk.next(p, state.segment);
-                // With nowhere to put a partial result, the request becomes NaN.
-                if (state.segment.slot >= p.slots) state.segment.slot = -1;
-                *reinterpret_cast<int*>(smem + C::bad) = state.segment.bad;
-            }
+            if (pm_thread() == 0) next_segment(p, state, smem);
             pm_sync();
             if (!state.more) return;
             segment(p, state.segment, kv_head, row0, smem);

@@ -69,7 +69,7 @@ struct DecodeParams {
     int causal;                 // 0 or 1; ignored where visible_lens is given
     int fixed_split_blocks;     // 0, or the batch-invariant split size in blocks of 64 tokens
     int slots;                  // rows of the partial buffers; a split beyond them is reported, never written
-    int combine_rows;           // query rows a block of the combine kernel merges
+    int combine_units;          // what a block of the combine kernel merges, in query rows x 128 columns
     int combine_ways;           // 1, 2, 4 or 8: groups that share the splits of one row
     int flags;                  // DecodeFlags
     float scale_log2;           // softmax_scale * log2(e)

@@ -6,6 +6,9 @@
 
 #include "combine.h"
 #include "decode.h"
+#ifdef PM_ROLES
+#include "decode_roles.h"
+#endif
 #include "generic.h"
 #include "schedule.h"
 
@@ -17,11 +20,24 @@
         polymla::Decoder<polymla::ELEM, polymla::PM_TILE<polymla::ELEM>,                                          \
                          polymla::ClassConfig<DK, DV, M>::type>::run(p, smem);                                    \
     }
+#if defined(PM_ROLES) && POLYMLA_SMEM_KIB >= 227
+// The largest tile, where it fits: matrix work of both products at once.
+#define PM_DECODE_64(NAME, ELEM, DK, DV)                                                                          \
+    PM_GLOBAL(384) NAME(const polymla::DecodeParams p) {                                                          \
+        PM_SHARED_DYNAMIC(smem);                                                                                  \
+        polymla::pm_grid_wait();                                                                                  \
+        polymla::pm_grid_release();                                                                               \
+        polymla::RoleDecoder<polymla::ELEM, polymla::PM_TILE<polymla::ELEM>,                                      \
+                             polymla::ClassConfig<DK, DV, 64>::type>::run(p, smem);                               \
+    }
+#else
+#define PM_DECODE_64(NAME, ELEM, DK, DV) PM_DECODE(NAME, ELEM, DK, DV, 64)
+#endif
 #if POLYMLA_SMEM_KIB >= 163
 #define PM_DECODE_ALL(NAME, ELEM, DK, DV)    \
     PM_DECODE(NAME##_m16, ELEM, DK, DV, 16)  \
     PM_DECODE(NAME##_m32, ELEM, DK, DV, 32)  \
-    PM_DECODE(NAME##_m64, ELEM, DK, DV, 64)
+    PM_DECODE_64(NAME##_m64, ELEM, DK, DV)
 #elif POLYMLA_SMEM_KIB >= 99
 #define PM_DECODE_ALL(NAME, ELEM, DK, DV)    \
     PM_DECODE(NAME##_m16, ELEM, DK, DV, 16)  \

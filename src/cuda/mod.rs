@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `driver.rs` | the driver's functions, every return code checked |
 //! | `context.rs` | a device's context; makes it current for a call and restores what was current |
-//! | `api.rs` | memory, streams, launches, for [`crate::device`] |
+//! | `api.rs` | memory, streams, launches, for `src/device` |
 //! | `kernels.rs`, `nvrtc.rs` | from sources to binaries, over [`crate::kernels`] |
 //! | `sm90/` | the Hopper backend |
 //! | `portable.rs` | the portable kernels on every other device |

@@ -98,7 +98,7 @@ fn open(context: Arc<Context>) -> Result<PortableBackend> {
         .ok_or_else(|| refuse("shared memory a block", facts.shared_memory_per_block.to_string(), "64 KiB or more"))?;
     let compilers = Compilers::new(&nvrtc::NAMES, nvrtc::candidates(context.driver().version().0));
     let device: Arc<dyn Api> = context;
-    let kernels = Kernels::new(&device, &DIALECT, format!("sm_{major}{minor}"), class, compilers)?;
+    let kernels = Kernels::new(&device, &DIALECT, units::cuda_arch(major, minor), class, compilers)?;
     let words = format!("{} (sm_{major}{minor}), {} SMs", facts.name, facts.multiprocessors);
     PortableBackend::new(device, NAME, &words, facts.multiprocessors, kernels, Evidence::T5)
 }

@@ -7,7 +7,7 @@
 //! | `hip.rs` | AMD and Hygon |
 //! | `hip_linked.rs` | the same table from linked symbols (feature `hip-sys`) |
 //! | `device.rs` | a device, what is asked of it, the guard that makes it current |
-//! | `api.rs` | memory, streams, launches, for [`crate::device`] |
+//! | `api.rs` | memory, streams, launches, for `src/device` |
 //! | `backend.rs` | the portable backend on such a device |
 //!
 //! # Adding a vendor

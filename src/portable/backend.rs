@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::kernels::Kernels;
-use super::plan::PortableSchedule;
+use super::plan::{PortableSchedule, combine_units};
 use super::tiles::{COMBINE_SHARED, Decode, SCHEDULE_SHARED, THREADS};
 use super::{params, supports};
 use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
@@ -215,9 +215,8 @@ impl MlaBackend for PortableBackend {
         let (decode, combine) =
             (self.decode_function(kernel, problem.dtype())?, self.combine_function(problem.dtype())?);
         let blocks = blocks_per_part as u64 * schedule.num_parts() as u64;
-        let decode_launch = Launch::row(decode, blocks, THREADS, true)?;
-        let rows = (problem.s_q() * problem.h_q()) as u64;
-        let blocks = problem.b() as u64 * rows.div_ceil(params.combine_rows as u64);
+        let decode_launch = Launch::row(decode, blocks, kernel.threads(self.kernels.class()), true)?;
+        let blocks = problem.b() as u64 * combine_units(problem).div_ceil(params.combine_units as u64);
         let combine_launch = Launch::row(combine, blocks, THREADS, true)?;
         let mut list = [(&raw mut params).cast::<c_void>()];
         // SAFETY: the kernels' one parameter. What its addresses name is vouched for by the views, checked against the

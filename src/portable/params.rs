@@ -41,7 +41,7 @@ pub(crate) struct DecodeParams {
     pub(crate) causal: i32,
     pub(crate) fixed_split_blocks: i32,
     pub(crate) slots: i32,
-    pub(crate) combine_rows: i32,
+    pub(crate) combine_units: i32,
     pub(crate) combine_ways: i32,
     pub(crate) flags: i32,
     pub(crate) scale_log2: f32,

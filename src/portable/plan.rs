@@ -14,6 +14,18 @@ use crate::tensor::TensorView;
 /// Most parts that a caller may ask for.
 const MAX_PARTS: (usize, &str) = (65_535, "1..=65535");
 
+/// Groups of 32 lanes in a block of the combine kernel, and the columns that one merges at a time.
+const COMBINE_GROUPS: i32 = THREADS as i32 / 32;
+const COMBINE_COLUMNS: usize = 128;
+
+/// Blocks of the combine kernel, about: several for each multiprocessor of any device.
+const MAX_COMBINE_BLOCKS: u64 = 2048;
+
+/// What the combine kernel merges for one request, in rows x [`COMBINE_COLUMNS`].
+pub(super) fn combine_units(problem: &Problem) -> u64 {
+    (problem.s_q() * problem.h_q()) as u64 * problem.head_dim_v().div_ceil(COMBINE_COLUMNS) as u64
+}
+
 /// A plan on the device, in upstream's layout, with the status word of the runs that use it.
 ///
 /// Reused for all layers of a step. [`schedule_into`](super::PortableBackend::schedule_into) plans again in place.
@@ -105,14 +117,19 @@ impl PortableSchedule {
         params.num_parts = plan.num_parts() as i32;
         params.fixed_split_blocks = plan.fixed_split_blocks();
         params.slots = self.slots(problem) as i32;
-        let rows = problem.s_q() * problem.h_q();
-        // Few rows a block and many ways where there are few rows, so that the merge of a long request is spread over the
-        // device. A batch-invariant run must add in the same order in every batch.
-        (params.combine_rows, params.combine_ways) = match plan.policy() {
-            SplitPolicy::BatchInvariant { .. } => (4, 4),
-            SplitPolicy::Balanced { .. } if problem.b() * rows <= 512 => (1, 8),
-            SplitPolicy::Balanced { .. } => (16, 1),
+        // Ways by the splits that a request has on average. A batch-invariant run must add in one order in every batch.
+        let splits = (problem.b() + plan.num_parts()) / problem.b().max(1);
+        params.combine_ways = match plan.policy() {
+            SplitPolicy::BatchInvariant { .. } => 4,
+            SplitPolicy::Balanced { .. } if splits >= 6 => 8,
+            SplitPolicy::Balanced { .. } if splits >= 3 => 4,
+            SplitPolicy::Balanced { .. } => 2,
         };
+        // As many blocks as there are turns of 8 / ways units, or as the device has use for.
+        let turn = (COMBINE_GROUPS / params.combine_ways) as u64;
+        let units = combine_units(problem).saturating_mul(problem.b() as u64);
+        let turns = units.div_ceil(MAX_COMBINE_BLOCKS).div_ceil(turn).max(1);
+        params.combine_units = i32::try_from(turns * turn).unwrap_or(i32::MAX);
     }
 
     /// What device-side checks found so far, cleared.

@@ -3,8 +3,10 @@
 use crate::problem::Problem;
 use crate::tensor::DType;
 
-/// Threads of every portable kernel.
+/// Threads of every portable kernel but one.
 pub(crate) const THREADS: u32 = 256;
+/// Threads of the kernel with roles (`decode_roles.h`): the largest tile of the largest class.
+const ROLES_THREADS: u32 = 384;
 /// Columns of O that a block of the generic kernel handles.
 const GENERIC_COLUMNS: usize = 4 * THREADS as usize;
 /// At least `sizeof(GenericSmem)`; `COMBINE_SMEM`, `SCHEDULE_SMEM`.
@@ -86,6 +88,11 @@ impl Decode {
             None => format!("polymla_generic_{dtype}"),
             Some((head_dim_k, rows)) => format!("polymla_decode_{dtype}_d{head_dim_k}_m{rows}"),
         }
+    }
+
+    /// Threads of a block.
+    pub(crate) fn threads(self, class: &TileClass) -> u32 {
+        if class.kib == 227 && self.tuned.is_some_and(|(_, rows)| rows == 64) { ROLES_THREADS } else { THREADS }
     }
 
     /// Dynamic shared memory of a launch.

@@ -18,7 +18,7 @@ pub(crate) fn cuda_class(arch: &str) -> Option<u32> {
         "sm_75" => 64,
         "sm_80" | "sm_87" => 163,
         "sm_86" | "sm_89" | "sm_120" | "sm_121" => 99,
-        "sm_90" | "sm_100" | "sm_103" => 227,
+        "sm_90a" | "sm_90" | "sm_100" | "sm_103" => 227,
         _ => return None,
     })
 }
@@ -32,7 +32,13 @@ pub(crate) fn options(kib: u32, element: &str) -> Vec<String> {
 #[allow(dead_code, reason = "for the CUDA backend; build.rs includes this file too")]
 pub(crate) const CUDA_WARP: u32 = 32;
 
-/// What NVRTC is told: architecture (`sm_90`), class, elements.
+/// What is compiled for a device of this compute capability. Hopper's own features let warps trade registers.
+#[allow(dead_code, reason = "for the CUDA backend; build.rs includes this file too")]
+pub(crate) fn cuda_arch(major: u32, minor: u32) -> String {
+    format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" })
+}
+
+/// What NVRTC is told: architecture (`sm_90a`), class, elements.
 #[allow(dead_code, reason = "for the CUDA backend; build.rs includes this file too")]
 pub(crate) fn nvrtc_options(arch: &str, kib: u32, element: &str) -> Vec<String> {
     vec!["-std=c++17".into(), format!("--gpu-architecture={arch}"), format!("-DPOLYMLA_SMEM_KIB={kib}"), element.into()]

@@ -48,7 +48,7 @@ pub struct DecodeParams {
     pub causal: i32,
     pub fixed_split_blocks: i32,
     pub slots: i32,
-    pub combine_rows: i32,
+    pub combine_units: i32,
     pub combine_ways: i32,
     pub flags: i32,
     pub scale_log2: f32,
@@ -239,7 +239,7 @@ impl SimtBackend {
             fixed_split_blocks: fixed(schedule.policy),
             slots: schedule.slots as i32,
             // Small numbers make every path of the combine kernel run.
-            combine_rows: if rows > 32 { 16 } else { 3 },
+            combine_units: if rows > 32 { 16 } else { 3 },
             combine_ways: if rows > 32 { 1 } else { 4 },
             flags: i32::from(q_aligned) | i32::from(kv_aligned) << 1 | i32::from(out_vec) << 2,
             scale_log2: p.softmax_scale() * std::f32::consts::LOG2_E,
@@ -343,7 +343,8 @@ impl MlaBackend for SimtBackend {
             Some(m) => (format!("polymla_decode_{dtype}_d{}_m{m}", p.head_dim_k()), rows.div_ceil(m) * parts),
             None => (format!("polymla_generic_{dtype}"), rows * p.head_dim_v().div_ceil(1024) * parts),
         };
-        let combine_grid = p.b() * (p.s_q() * p.h_q()).div_ceil(params.combine_rows as usize);
+        let combine_grid = p.b()
+            * (p.s_q() * p.h_q() * p.head_dim_v().div_ceil(128)).div_ceil(params.combine_units as usize);
         // SAFETY: every tensor was validated against the problem, tables are checked by the kernels before use, and the
         // workspace has the size that the parameters say.
         unsafe {

@@ -44,15 +44,27 @@ constexpr unsigned total() {
 struct Kernel {
     const char* name;
     void (*entry)(const void*);
-    unsigned shared_bytes;
+    unsigned shared_bytes, threads;
 };
+
+#if defined(PM_ROLES) && POLYMLA_SMEM_KIB >= 227
+template <int DK>
+constexpr Kernel with_roles(const char* name, void (*entry)(const void*)) {
+    typedef typename polymla::ClassConfig<DK, 512, 64>::type C;
+    return {name, entry, C::roles_total, polymla::RoleDecoder<polymla::Bf16, polymla::MmaTile<polymla::Bf16>, C>::THREADS};
+}
+#define DECODE_64(ELEM, DK) \
+    with_roles<DK>("polymla_decode_" #ELEM "_d" #DK "_m64", decode_entry<polymla_decode_##ELEM##_d##DK##_m64>),
+#else
+#define DECODE_64(ELEM, DK) DECODE(ELEM, DK, 64)
+#endif
 
 #define DECODE(ELEM, DK, M)                                                                            \
     {"polymla_decode_" #ELEM "_d" #DK "_m" #M, decode_entry<polymla_decode_##ELEM##_d##DK##_m##M>,     \
-     total<polymla::ClassConfig<DK, 512, M>::type>()},
+     total<polymla::ClassConfig<DK, 512, M>::type>(), 256},
 #if POLYMLA_SMEM_KIB >= 163
-#define DECODES(ELEM) DECODE(ELEM, 576, 16) DECODE(ELEM, 576, 32) DECODE(ELEM, 576, 64) \
-                      DECODE(ELEM, 512, 16) DECODE(ELEM, 512, 32) DECODE(ELEM, 512, 64)
+#define DECODES(ELEM) DECODE(ELEM, 576, 16) DECODE(ELEM, 576, 32) DECODE_64(ELEM, 576) \
+                      DECODE(ELEM, 512, 16) DECODE(ELEM, 512, 32) DECODE_64(ELEM, 512)
 #elif POLYMLA_SMEM_KIB >= 99
 #define DECODES(ELEM) DECODE(ELEM, 576, 16) DECODE(ELEM, 576, 32) DECODE(ELEM, 512, 16) DECODE(ELEM, 512, 32)
 #else
@@ -60,26 +72,26 @@ struct Kernel {
 #endif
 #define ALL(ELEM)                                                                                                  \
     DECODES(ELEM)                                                                                                  \
-    {"polymla_generic_" #ELEM, decode_entry<polymla_generic_##ELEM>, sizeof(polymla::GenericSmem)},                \
-    {"polymla_combine_" #ELEM, decode_entry<polymla_combine_##ELEM>, polymla::COMBINE_SMEM},
+    {"polymla_generic_" #ELEM, decode_entry<polymla_generic_##ELEM>, sizeof(polymla::GenericSmem), 256},                \
+    {"polymla_combine_" #ELEM, decode_entry<polymla_combine_##ELEM>, polymla::COMBINE_SMEM, 256},
 
 const Kernel KERNELS[] = {
     ALL(bf16) ALL(f16)
-    {"polymla_schedule", schedule_entry, polymla::SCHEDULE_SMEM},
-    {"divergent_barrier", divergent_entry, 0},
-    {"divergent_shuffle", divergent_shuffle_entry, 0},
-    {"crossed_barriers", crossed_entry, 0},
-    {"shared_overrun", overrun_entry, 0},
-    {"unwaited_copy", unwaited_entry, 0},
+    {"polymla_schedule", schedule_entry, polymla::SCHEDULE_SMEM, 256},
+    {"divergent_barrier", divergent_entry, 0, 256},
+    {"divergent_shuffle", divergent_shuffle_entry, 0, 256},
+    {"crossed_barriers", crossed_entry, 0, 256},
+    {"shared_overrun", overrun_entry, 0, 256},
+    {"unwaited_copy", unwaited_entry, 0, 256},
 };
 
 }  // namespace
 
-// Runs a kernel of 256 threads a block; 1 where there is none of that name.
+// Runs a kernel; 1 where there is none of that name.
 extern "C" int simt_launch(const char* name, unsigned grid, unsigned shared_bytes, const void* params, uint64_t seed) {
     for (const Kernel& k : KERNELS)
         if (std::strcmp(k.name, name) == 0) {
-            simt::launch({grid, 256, shared_bytes, seed, k.entry, params});
+            simt::launch({grid, k.threads, shared_bytes, seed, k.entry, params});
             return 0;
         }
     return 1;

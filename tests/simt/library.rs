@@ -70,7 +70,7 @@ impl Kernels {
         Kernels { launch, shared_bytes, _library: library }
     }
 
-    /// Runs a kernel of 256 threads a block to its end.
+    /// Runs a kernel to its end.
     ///
     /// # Safety
     /// `params` must be what the kernel takes, and its pointers valid for what it says.

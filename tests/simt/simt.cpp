@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -39,6 +40,19 @@ struct Meeting {
     std::vector<int> lanes;
 };
 
+// Threads that arrived at a named barrier, and those of them that wait.
+struct Named {
+    int threads = 0, arrived = 0;
+    std::vector<int> waiting;
+};
+
+struct Phase {
+    int arrivals = 0, arrived = 0;
+    unsigned parity = 0;
+    std::vector<Copy> copies;
+    std::vector<int> waiting;
+};
+
 struct Block {
     const Launch* launch = nullptr;
     int index = 0, current = 0, finished = 0;
@@ -47,7 +61,8 @@ struct Block {
     std::vector<int> ready;
     Meeting barrier;
     std::vector<Meeting> halves, warps;     // groups of 32 lanes, and of more
-    int warp_width = 32;
+    std::map<int, Named> named;
+    std::map<char*, Phase> phases;
     std::vector<char> memory;
     char* shared = nullptr;
     jmp_buf scheduler;
@@ -106,6 +121,8 @@ bool arrive(Meeting& m, int expected, Op op, void* mine, int slot, const char* f
 void run_block(Block& b) {
     b.finished = 0;
     b.ready.clear();
+    b.named.clear();
+    b.phases.clear();
     const int n = int(b.launch->threads);
     for (int i = 0; i < n; ++i) {
         b.fibers[i].started = b.fibers[i].done = false;
@@ -175,19 +192,77 @@ void copy16(char* dst, const void* src, bool valid) {
     here->fibers[here->current].groups.back().push_back({dst, src, valid});
 }
 
+void land(const std::vector<Copy>& copies) {
+    for (const Copy& c : copies) {
+        if (c.valid)
+            std::memcpy(c.dst, c.src, 16);
+        else
+            std::memset(c.dst, 0, 16);
+    }
+}
+
+void named_barrier(int id, int threads, bool wait, const char* file, int line) {
+    Block& b = *here;
+    Named& n = b.named[id];
+    if (n.arrived > 0 && n.threads != threads) die("a named barrier of different sizes", file, line);
+    for (int other : n.waiting)
+        if (other == b.current) die("a thread arrives twice at a named barrier", file, line);
+    n.threads = threads;
+    if (++n.arrived == threads) {
+        n.arrived = 0;
+        for (int other : n.waiting) b.ready.push_back(other);
+        n.waiting.clear();
+    } else if (wait) {
+        n.waiting.push_back(b.current);
+        leave();
+    }
+}
+
+void phase_init(char* at, int arrivals) {
+    if (here->phases.count(at)) die("a phase barrier is initialised twice", "?", 0);
+    here->phases[at].arrivals = arrivals;
+}
+
+Phase& phase(char* at, const char* file, int line) {
+    auto found = here->phases.find(at);
+    if (found == here->phases.end()) die("no phase barrier was initialised here", file, line);
+    return found->second;
+}
+
+void phase_arrive(char* at, bool copies, const char* file, int line) {
+    Block& b = *here;
+    Phase& p = phase(at, file, line);
+    if (copies) {
+        for (auto& group : b.fibers[b.current].groups) {
+            p.copies.insert(p.copies.end(), group.begin(), group.end());
+            group.clear();
+        }
+    }
+    if (++p.arrived < p.arrivals) return;
+    land(p.copies);
+    p.copies.clear();
+    p.arrived = 0;
+    p.parity ^= 1;
+    for (int other : p.waiting) b.ready.push_back(other);
+    p.waiting.clear();
+}
+
+void phase_wait(char* at, unsigned parity, const char* file, int line) {
+    Phase& p = phase(at, file, line);
+    // The phase of this parity has ended when the current one has the other.
+    while (p.parity == parity) {
+        p.waiting.push_back(here->current);
+        leave();
+    }
+}
+
 void copy_commit() { here->fibers[here->current].groups.push_back({}); }
 
 void copy_wait(int pending) {
     auto& groups = here->fibers[here->current].groups;
-    const int land = int(groups.size()) - 1 - pending;
-    for (int i = 0; i < land; ++i)
-        for (const Copy& c : groups[i]) {
-            if (c.valid)
-                std::memcpy(c.dst, c.src, 16);
-            else
-                std::memset(c.dst, 0, 16);
-        }
-    if (land > 0) groups.erase(groups.begin(), groups.begin() + land);
+    const int ended = int(groups.size()) - 1 - pending;
+    for (int i = 0; i < ended; ++i) land(groups[i]);
+    if (ended > 0) groups.erase(groups.begin(), groups.begin() + ended);
 }
 
 void launch(const Launch& launch) {
