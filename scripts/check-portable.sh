@@ -120,7 +120,7 @@ for arch in gfx906 gfx90a; do
 done
 
 echo "== nvcc"
-for target in 75:64 80:163 86:99 89:99 90:227 100:227 120:99; do
+for target in 75:64 80:163 86:99 89:99 90a:227 100a:227 120:99; do
     arch=${target%:*} kib=${target#*:}
     PATH=$cu13/bin:$PATH "$cu13/bin/nvcc" -std=c++17 -O3 -gencode arch=compute_$arch,code=sm_$arch -DPOLYMLA_SMEM_KIB=$kib \
         -I backends/cuda -I backends/portable -Werror all-warnings -Xptxas -v,-warn-spills,-warn-lmem-usage \
@@ -146,7 +146,7 @@ for target in 75:64 80:163 86:99 89:99 90:227 100:227 120:99; do
 done
 
 echo "== NVRTC"
-for target in 80:163 90:227; do
+for target in 80:163 90a:227; do
     arch=${target%:*} kib=${target#*:}
     LD_LIBRARY_PATH=$cu13/lib python3 "$work/rtc.py" "$cu13/lib/libnvrtc.so.13" nvrtc "$work/rtc-$arch.cubin" cuda --gpu-architecture=sm_$arch \
         -std=c++17 -DPOLYMLA_SMEM_KIB=$kib

@@ -77,7 +77,7 @@ PM_DEV void pm_ldmatrix_x4_trans(u32 (&r)[4], const char* at) {
 // The registers of each thread of this group of 128 from now on.
 template <int COUNT, bool MORE>
 PM_DEV void pm_registers() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL)
     if (MORE)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
     else
@@ -90,9 +90,6 @@ PM_DEV void pm_bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1
 // A barrier in shared memory of 8 bytes, whose phases complete by `arrivals` arrivals each.
 PM_DEV void pm_mbar_init(char* at, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(pm_shared(at)), "r"(arrivals) : "memory");
-}
-PM_DEV void pm_mbar_arrive(char* at) {
-    asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(pm_shared(at)) : "memory");
 }
 // Arrives once this thread's copies so far have landed.
 PM_DEV void pm_copy_arrive(char* at) {

@@ -53,10 +53,13 @@ struct CombineSplits {
         const int lane = pm_thread() % 32;
         float v[8][4];
         load(v, way);
-        for (int i = lane; i < n; i += 32) top = pm_max(lse[i * lse_stride], top);
+        const float mine = lane < n ? lse[lane * lse_stride] : -pm_inf();
+        top = mine == mine ? mine : -pm_inf();      // NaN, of an invalid row, comes back by the weights
+        for (int i = lane + 32; i < n; i += 32) top = pm_max(lse[i * lse_stride], top);
         for (int lanes = 1; lanes < 32; lanes *= 2) top = pm_max(pm_shfl_xor(top, lanes), top);
         const float from = top == -pm_inf() ? 0.0f : top;
-        for (int i = lane; i < n; i += 32) sum += pm_exp2(lse[i * lse_stride] - from);
+        sum = pm_exp2(mine - from);
+        for (int i = lane + 32; i < n; i += 32) sum += pm_exp2(lse[i * lse_stride] - from);
         for (int lanes = 1; lanes < 32; lanes *= 2) sum += pm_shfl_xor(sum, lanes);
         for (int i0 = way; i0 < n; i0 += 8 * ways) {
             if (i0 > way) load(v, i0);

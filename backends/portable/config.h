@@ -11,8 +11,8 @@
 //   163    16    32      3       sm_80, gfx950
 //          32    32      2
 //          64    32      2
-//   227    16    32      5       sm_90, sm_100
-//          32    32      4
+//   227    16    64      2       sm_90, sm_100
+//          32    64      2
 //          64    64      2
 #pragma once
 
@@ -101,8 +101,8 @@ PM_CLASS(16, 32, 3, false, DK)
 PM_CLASS(32, 32, 2, false, DK)
 PM_CLASS(64, 32, 2, true, DK)
 #elif POLYMLA_SMEM_KIB == 227
-PM_CLASS(16, 32, 5, false, DK)
-PM_CLASS(32, 32, 4, false, DK)
+PM_CLASS(16, 64, 2, true, DK)
+PM_CLASS(32, 64, 2, true, DK)
 PM_CLASS(64, 64, 2, true, DK)
 #else
 #error "POLYMLA_SMEM_KIB must be 28, 64, 99, 163 or 227"

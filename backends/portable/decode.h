@@ -54,7 +54,7 @@ struct Decoder {
 #pragma unroll 1
         for (int col0 = 0; col0 < C::DK; col0 += C::Q_COLS) {
             if (col0 > 0) pm_sync();
-            load_q<C>(p, s.req, kv_head, row0, col0, smem);
+            load_q<C>(p, s.req, kv_head, row0, col0, smem, p.flags & FLAG_Q_VEC16);
             pm_copy_commit();
             pm_copy_wait<0>();
             pm_sync();
@@ -181,8 +181,9 @@ struct Decoder {
                 Tile::template pv<C::MT>(acc[g], weights, value, step, (warp * C::GROUPS + g) * 64);
     }
 
-    // Final rows, or the partial ones of a split. `offset` says where each row of the tile begins, -1 for none.
-    static PM_DEV void store(const DecodeParams& p, bool partial, char* smem, const i64* offset,
+    // Final rows, or the partial ones of a split. `offset` says where each row of the tile begins, -1 for none. `vec`: final
+    // rows are aligned, with their elements next to one another.
+    static PM_DEV void store(const DecodeParams& p, bool partial, bool vec, char* smem, const i64* offset,
                              const Acc (&acc)[C::GROUPS][C::MT][4]) {
         const float* inverse = reinterpret_cast<const float*>(smem + C::factor);
         const int warp = pm_thread() / PM_WARP;
@@ -197,7 +198,7 @@ struct Decoder {
                 if (at < 0) continue;
                 const int col0 = warp * C::GROUPS * 64;
                 float* part = p.partial_out + at + col0;
-                u16* out = static_cast<u16*>(p.out) + at + (p.flags & FLAG_OUT_VEC ? col0 : col0 * step);
+                u16* out = static_cast<u16*>(p.out) + at + (vec ? col0 : col0 * step);
 #pragma unroll
                 for (int g = 0; g < C::GROUPS; ++g)
 #pragma unroll
@@ -212,7 +213,7 @@ struct Decoder {
                                 const Floats2 pair = {{v[e], v[e + 1]}};
                                 *reinterpret_cast<Floats2*>(part + col + e) = pair;
                             }
-                        } else if (p.flags & FLAG_OUT_VEC) {
+                        } else if (vec) {
 #pragma unroll
                             for (int e = 0; e < Tile::RUN; e += 2)
                                 *reinterpret_cast<u32*>(out + col + e) = Elem::pack(v[e], v[e + 1]);
@@ -264,13 +265,13 @@ struct Decoder {
 
         for (int r = pm_thread(); r < C::M; r += DECODE_THREADS) find_limit(p, s, row0, r, smem);
         if (s.bad) report(p.status, s.req);
-        if (C::Q_COLS == C::DK && tiles > 0) load_q<C>(p, s.req, kv_head, row0, 0, smem);
+        if (C::Q_COLS == C::DK && tiles > 0) load_q<C>(p, s.req, kv_head, row0, 0, smem, p.flags & FLAG_Q_VEC16);
         loader.look_up(p, s, 0);
 #pragma unroll
         for (int t = 0; t < C::STAGES - 1; ++t) {
             if (t < tiles) {
                 for (int half = 0; half < C::HALVES; ++half)
-                    loader.copy(p, s, kv_head, t, half, smem + C::kv + t * C::STAGE_BYTES, bad);
+                    loader.copy(p, s, kv_head, t, half, smem + C::kv + t * C::STAGE_BYTES, bad, p.flags & FLAG_KV_VEC16);
                 loader.look_up(p, s, t + 1);
             }
             pm_copy_commit();
@@ -291,7 +292,7 @@ struct Decoder {
                 pm_sync();              // tile i has landed, P V (i-1) is done
             }
             if (next < tiles) {
-                loader.copy(p, s, kv_head, next, 0, C::STAGES == 1 ? here : free_stage, bad);
+                loader.copy(p, s, kv_head, next, 0, C::STAGES == 1 ? here : free_stage, bad, p.flags & FLAG_KV_VEC16);
                 if (C::HALVES == 1) loader.look_up(p, s, next + 1);
             }
             pm_copy_commit();
@@ -308,7 +309,7 @@ struct Decoder {
             softmax(p, smem, scores, loader.first + i * C::N, state);
             pm_sync();                  // P is there, scores are read
             if (C::HALVES == 2 && next < tiles) {
-                loader.copy(p, s, kv_head, next, 1, free_stage, bad);
+                loader.copy(p, s, kv_head, next, 1, free_stage, bad, p.flags & FLAG_KV_VEC16);
                 loader.look_up(p, s, next + 1);
                 pm_copy_commit();
             }
@@ -325,9 +326,9 @@ struct Decoder {
         }
         pm_sync();
         if (s.slot < 0)
-            store(p, false, smem, offset, acc);
+            store(p, false, p.flags & FLAG_OUT_VEC, smem, offset, acc);
         else
-            store(p, true, smem, offset, acc);
+            store(p, true, true, smem, offset, acc);
     }
 
     // Kept in shared memory by thread 0: the others have no registers to spare for it.

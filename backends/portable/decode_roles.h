@@ -14,6 +14,8 @@
 // Shared    As the uniform kernel's, but no room for scores: config.h.
 //
 // Grid      As the uniform kernel's; 384 threads.
+//
+// Rows must be aligned (FLAG_Q_VEC16, FLAG_KV_VEC16, FLAG_OUT_VEC); what is not is the uniform kernel's.
 #pragma once
 
 #include "decode.h"
@@ -27,10 +29,13 @@ struct RoleDecoder {
     typedef typename Uniform::State State;
     static_assert(C::M == 64 && C::N == 64 && C::STAGES == 2 && C::HALVES == 2 && PM_WARP == 32, "one shape");
 
-    static constexpr int PV_THREADS = DECODE_THREADS, QK_THREADS = 128, THREADS = PV_THREADS + QK_THREADS;
+    // Rows of scores of a warp, and of a thread.
+    static constexpr int WM = 32, MT = WM / 16, R = 2 * MT;
+    static constexpr int PV_THREADS = DECODE_THREADS, QK_THREADS = C::M / WM * 64, THREADS = PV_THREADS + QK_THREADS;
+    static constexpr int STEPS = C::DK / 16, AHEAD = 1, QK_UNROLL = 8;
     // Where groups of warps can trade registers: O takes more than scores do.
     static constexpr int PV_REGISTERS = 192, QK_REGISTERS = 120;
-    enum Barrier { P_FULL = 1, P_FREE, PV_ONLY, PAIR_0, PAIR_1, ALL };
+    enum Barrier { P_FULL = 1, P_FREE, PV_ONLY, ALL, PAIR_0 };
 
     static PM_DEV char* full(char* smem, int stage, int half) { return smem + C::barriers + (stage * 2 + half) * 8; }
     static PM_DEV char* q_full(char* smem) { return smem + C::barriers + 32; }
@@ -43,20 +48,12 @@ struct RoleDecoder {
         u32 parity;         // of the load of Q
     };
 
-    // Counts this thread's copies so far on a barrier, once they have landed.
-    static PM_DEV void arrive(char* barrier, bool asynchronous) {
-        if (asynchronous)
-            pm_copy_arrive(barrier);
-        else
-            pm_mbar_arrive(barrier);
-    }
-
     static PM_DEV void load_half(const DecodeParams& p, const Segment& s, const Work& w, KvLoader<C>& loader, int kv_head,
                                  int tile, int half, char* smem) {
         const int stage = int((w.done + u32(tile)) & 1);
         int* bad = reinterpret_cast<int*>(smem + C::bad);
-        loader.copy(p, s, kv_head, tile, half, smem + C::kv + stage * C::STAGE_BYTES, bad);
-        arrive(full(smem, stage, half), p.flags & FLAG_KV_VEC16);
+        loader.copy(p, s, kv_head, tile, half, smem + C::kv + stage * C::STAGE_BYTES, bad, true);
+        pm_copy_arrive(full(smem, stage, half));
     }
 
     static PM_DEV void pv_role(const DecodeParams& p, const Segment& s, const Work& w, int kv_head, int row0, char* smem,
@@ -65,14 +62,13 @@ struct RoleDecoder {
         loader.first = w.first;
         loader.last = w.last;
         loader.look_up(p, s, 0);
-        load_q<C>(p, s.req, kv_head, row0, 0, smem);
-        arrive(q_full(smem), p.flags & FLAG_Q_VEC16);
+        load_q<C>(p, s.req, kv_head, row0, 0, smem, true);
+        pm_copy_arrive(q_full(smem));
 #pragma unroll 1
         for (int t = 0; t < 2; ++t) {
-            if (t < w.tiles) {
-                load_half(p, s, w, loader, kv_head, t, 0, smem);
-                load_half(p, s, w, loader, kv_head, t, 1, smem);
-            }
+            if (t < w.tiles)
+#pragma unroll 1
+                for (int half = 0; half < 2; ++half) load_half(p, s, w, loader, kv_head, t, half, smem);
             loader.look_up(p, s, t + 1);
         }
         const int warp = pm_thread() / PM_WARP;
@@ -82,7 +78,8 @@ struct RoleDecoder {
             const Swizzled<C::U> value = {smem + C::kv + int((w.done + u32(i)) & 1) * C::STAGE_BYTES};
             pm_bar_sync(P_FULL, THREADS);       // P (i) and its factors are there, and so is the tile
             Uniform::rescale(smem, acc);
-#pragma unroll
+            // Not unrolled: what the two halves cost in registers and instructions is more than a branch.
+#pragma unroll 1
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
                 for (int step = 2 * half; step < 2 * half + 2; ++step)
@@ -99,18 +96,18 @@ struct RoleDecoder {
         }
     }
 
-    // A row's running maximum and its sum over this thread's columns, base 2; each thread has 4 rows.
+    // A row's running maximum and its sum over this thread's columns, base 2; each thread has R rows.
     struct Rows {
-        float m[4], l[4];
+        float m[R], l[R];
     };
-    static PM_DEV int row_of(int r) { return (qk_warp() / 2) * 32 + (r / 2) * 16 + Tile::row(2 * (r % 2)); }
+    static PM_DEV int row_of(int r) { return (qk_warp() / 2) * WM + (r / 2) * 16 + Tile::row(2 * (r % 2)); }
     static PM_DEV int qk_warp() { return pm_thread() / PM_WARP - PV_THREADS / PM_WARP; }
 
     // The maximum of a row over both warps that share it. `slot` is this warp's of the two.
-    static PM_DEV void exchange(float (&x)[4], float* room, bool add) {
+    static PM_DEV void exchange(float (&x)[R], float* room, bool add) {
         const int wn = qk_warp() % 2;
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
+        for (int r = 0; r < R; ++r)
 #pragma unroll
             for (int lanes = 1; lanes < 4; lanes *= 2) {
                 const float y = pm_shfl_xor(x[r], lanes);
@@ -118,10 +115,10 @@ struct RoleDecoder {
             }
         if (Tile::lane() % 4 == 0)
 #pragma unroll
-            for (int r = 0; r < 4; ++r) room[wn * C::M + row_of(r)] = x[r];
+            for (int r = 0; r < R; ++r) room[wn * C::M + row_of(r)] = x[r];
         pm_bar_sync(PAIR_0 + qk_warp() / 2, 64);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < R; ++r) {
             // In one order for both, so that both have the same bits.
             const float a = room[row_of(r)], b = room[C::M + row_of(r)];
             x[r] = add ? a + b : pm_max(a, b);
@@ -134,22 +131,33 @@ struct RoleDecoder {
         float* room = reinterpret_cast<float*>(smem + C::room);
         float* factors = reinterpret_cast<float*>(smem + C::factor);
         const Swizzled<C::N / 8> weights = {smem + C::p};
-        int limit[4];
+        int limit[R];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) limit[r] = reinterpret_cast<const int*>(smem + C::limit)[row_of(r)];
+        for (int r = 0; r < R; ++r) limit[r] = reinterpret_cast<const int*>(smem + C::limit)[row_of(r)];
         pm_mbar_wait(q_full(smem), w.parity);
 #pragma unroll 1
         for (int i = 0; i < w.tiles; ++i) {
             const u32 count = w.done + u32(i);
             const Swizzled<C::U> key = {smem + C::kv + int(count & 1) * C::STAGE_BYTES};
             pm_mbar_wait(full(smem, int(count & 1), wn), (count >> 1) & 1);
-            Acc acc[2][2] = {};
-#pragma unroll 4
-            for (int k = 0; k < C::DK / 16; ++k) Tile::template qk<2, 2>(acc, q, wm * 32, k, key, wn * 32, k);
-            const u32 tok = u32(w.first) + u32(i) * C::N + u32(wn) * 32;
-            float top[4] = {-pm_inf(), -pm_inf(), -pm_inf(), -pm_inf()};
+            Acc acc[MT][2] = {};
+            // Operands are loaded AHEAD steps before their use: one warp alone has to hide that latency.
+            typename Tile::template Operands<MT, 2> o[AHEAD + 1];
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
+            for (int k = 0; k < AHEAD; ++k) Tile::load(o[k], q, wm * WM, k, key, wn * 32, k);
+#pragma unroll QK_UNROLL
+            for (int k = 0; k < STEPS - AHEAD; ++k) {
+                Tile::load(o[(k + AHEAD) % (AHEAD + 1)], q, wm * WM, k + AHEAD, key, wn * 32, k + AHEAD);
+                Tile::multiply(acc, o[k % (AHEAD + 1)]);
+            }
+#pragma unroll
+            for (int k = STEPS - AHEAD; k < STEPS; ++k) Tile::multiply(acc, o[k % (AHEAD + 1)]);
+            const u32 tok = u32(w.first) + u32(i) * C::N + u32(wn) * 32;
+            float top[R];
+#pragma unroll
+            for (int r = 0; r < R; ++r) top[r] = -pm_inf();
+#pragma unroll
+            for (int m = 0; m < MT; ++m)
 #pragma unroll
                 for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -161,9 +169,9 @@ struct RoleDecoder {
                         top[r] = pm_max(top[r], x);
                     }
             exchange(top, room, false);
-            float factor[4];
+            float factor[R];
 #pragma unroll
-            for (int r = 0; r < 4; ++r) {
+            for (int r = 0; r < R; ++r) {
                 const float m = pm_max(rows.m[r], top[r]);
                 const float from = m == -pm_inf() ? 0.0f : m;   // no key yet: every x is -infinity and becomes 0
                 factor[r] = rows.m[r] == m ? 1.0f : pm_exp2(rows.m[r] - from);
@@ -172,7 +180,7 @@ struct RoleDecoder {
                 top[r] = from;
             }
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
+            for (int m = 0; m < MT; ++m)
 #pragma unroll
                 for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -185,9 +193,9 @@ struct RoleDecoder {
             if (i > 0) pm_bar_sync(P_FREE, THREADS);    // P (i-1) and its factors are read
             if (wn == 0 && Tile::lane() % 4 == 0)
 #pragma unroll
-                for (int r = 0; r < 4; ++r) factors[row_of(r)] = factor[r];
+                for (int r = 0; r < R; ++r) factors[row_of(r)] = factor[r];
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
+            for (int m = 0; m < MT; ++m)
 #pragma unroll
                 for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -207,7 +215,7 @@ struct RoleDecoder {
         i64* offset = reinterpret_cast<i64*>(smem + C::q);
         if (qk_warp() % 2 != 0 || Tile::lane() % 4 != 0) return;
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
+        for (int r = 0; r < R; ++r)
             Uniform::finish_row(p, s, kv_head, row0, row_of(r), limit[row_of(r)], rows.m[r], rows.l[r], smem, offset);
     }
 
@@ -246,12 +254,21 @@ struct RoleDecoder {
                 if (w.tiles > 0) pv_role(p, s, w, kv_head, row0, smem, acc);
                 pm_bar_sync(ALL, THREADS);      // nobody reads Q or factors, or writes `bad`, any more
                 pm_bar_sync(ALL, THREADS);      // the rows are finished
-                Uniform::store(p, s.slot >= 0, smem, reinterpret_cast<const i64*>(smem + C::q), acc);
+                const i64* offset = reinterpret_cast<const i64*>(smem + C::q);
+                if (s.slot < 0)
+                    Uniform::store(p, false, true, smem, offset, acc);
+                else
+                    Uniform::store(p, true, true, smem, offset, acc);
             }
         } else {
             pm_registers<QK_REGISTERS, false>();
             while (next(p, row0, smem, state, w)) {
-                Rows rows = {{-pm_inf(), -pm_inf(), -pm_inf(), -pm_inf()}, {0.0f, 0.0f, 0.0f, 0.0f}};
+                Rows rows;
+#pragma unroll
+                for (int r = 0; r < R; ++r) {
+                    rows.m[r] = -pm_inf();
+                    rows.l[r] = 0.0f;
+                }
                 if (w.tiles > 0) qk_role(p, w, smem, rows);
                 pm_bar_sync(ALL, THREADS);
                 finish_rows(p, s, kv_head, row0, smem, rows);

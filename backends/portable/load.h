@@ -44,7 +44,7 @@ PM_DEV void copy_row(Swizzled<U> tile, int row, int lane8, int col0, const u16* 
 
 // Columns [col0, col0 + Q_COLS) of the query rows [row0, row0 + M) of a request.
 template <class C>
-PM_DEV void load_q(const DecodeParams& p, int req, int kv_head, int row0, int col0, char* smem) {
+PM_DEV void load_q(const DecodeParams& p, int req, int kv_head, int row0, int col0, char* smem, bool aligned) {
     const Swizzled<C::Q_COLS / 8> tile = {smem + C::q};
     const int rows = p.s_q * p.heads_per_kv;
     for (int r = pm_thread() / 8; r < C::M; r += DECODE_THREADS / 8) {
@@ -54,7 +54,7 @@ PM_DEV void load_q(const DecodeParams& p, int req, int kv_head, int row0, int co
                           i64(at.j) * p.q_nope_stride_s + i64(at.head) * p.q_nope_stride_h;
         const u16* pe = static_cast<const u16*>(p.q_pe) + i64(req) * p.q_pe_stride_b + i64(at.j) * p.q_pe_stride_s +
                         i64(at.head) * p.q_pe_stride_h;
-        copy_row<C::Q_COLS / 8, C::DV>(tile, r, pm_thread() % 8, col0, nope, pe, valid, p.flags & FLAG_Q_VEC16);
+        copy_row<C::Q_COLS / 8, C::DV>(tile, r, pm_thread() % 8, col0, nope, pe, valid, aligned);
     }
 }
 
@@ -86,12 +86,15 @@ struct KvLoader {
             }
     }
 
-    PM_DEV void copy(const DecodeParams& p, const Segment& s, int kv_head, int tile, int half, char* stage, int* bad) {
+    PM_DEV void copy(const DecodeParams& p, const Segment& s, int kv_head, int tile, int half, char* stage, int* bad,
+                     bool aligned) {
         const Swizzled<C::U> to = {stage};
 #pragma unroll
         for (int pass = 0; pass < C::PASSES; ++pass) {
             if (!has_row(pass)) continue;
-            const int row = row_of(half, pass), tok = token(tile, row), page = entry[half][pass];
+            const int row = row_of(half, pass), tok = token(tile, row);
+            // `half` may be no constant, and an array indexed by such lies in memory.
+            const int page = half ? entry[C::HALVES - 1][pass] : entry[0][pass];
             bool valid = u32(tok) < u32(last);
             if (valid && u32(page) >= u32(p.num_pages)) {
                 *bad = 1;
@@ -104,7 +107,7 @@ struct KvLoader {
                              head * p.ckv_stride_head;
             const u16* kpe = static_cast<const u16*>(p.kpe) + at * p.kpe_stride_page + place * p.kpe_stride_token +
                              head * p.kpe_stride_head;
-            copy_row<C::U, C::DV>(to, row, pm_thread() % 8, 0, ckv, kpe, valid, p.flags & FLAG_KV_VEC16);
+            copy_row<C::U, C::DV>(to, row, pm_thread() % 8, 0, ckv, kpe, valid, aligned);
         }
     }
 };

@@ -24,25 +24,40 @@ struct MmaTile {
     static PM_DEV int row(int i) { return lane() / 4 + (i & 2) * 4; }
     static PM_DEV int col(int i) { return (i & 4) * 2 + (lane() % 4) * 2 + (i & 1); }
 
+    // One step's operands of Q K^T.
+    template <int MT, int NT>
+    struct Operands {
+        u32 a[MT][4], b[NT][4];
+    };
+    template <int MT, int NT, int UQ, int UK>
+    static PM_DEV void load(Operands<MT, NT>& o, Swizzled<UQ> q, int row0, int kq, Swizzled<UK> key, int token0, int kk) {
+        const int l = lane();
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+            pm_ldmatrix_x4(o.a[m],
+                           q.base + (row0 + 16 * m + l % 16) * (UQ * 16) + (((2 * kq + l / 16) ^ (l & 7)) << 4));
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+            pm_ldmatrix_x4(o.b[n], key.base + (token0 + 16 * n + (l & 7) + (l / 16) * 8) * (UK * 16) +
+                                       (((2 * kk + ((l / 8) & 1)) ^ (l & 7)) << 4));
+    }
+    template <int MT, int NT>
+    static PM_DEV void multiply(C (&acc)[MT][NT], const Operands<MT, NT>& o) {
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                pm_mma_16816<Elem>(acc[m][n].v, o.a[m], o.b[n]);
+                pm_mma_16816<Elem>(acc[m][n].v + 4, o.a[m], o.b[n] + 2);
+            }
+    }
+
     // acc[m][n] += Q[row0 + 16 m, 16 kq ..] . K[token0 + 16 n, 16 kk ..]; row0 and token0 are multiples of 16.
     template <int MT, int NT, int UQ, int UK>
     static PM_DEV void qk(C (&acc)[MT][NT], Swizzled<UQ> q, int row0, int kq, Swizzled<UK> key, int token0, int kk) {
-        const int l = lane();
-        u32 a[MT][4];
-#pragma unroll
-        for (int m = 0; m < MT; ++m)
-            pm_ldmatrix_x4(a[m], q.base + (row0 + 16 * m + l % 16) * (UQ * 16) + (((2 * kq + l / 16) ^ (l & 7)) << 4));
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-            u32 b[4];
-            pm_ldmatrix_x4(b, key.base + (token0 + 16 * n + (l & 7) + (l / 16) * 8) * (UK * 16) +
-                                  (((2 * kk + ((l / 8) & 1)) ^ (l & 7)) << 4));
-#pragma unroll
-            for (int m = 0; m < MT; ++m) {
-                pm_mma_16816<Elem>(acc[m][n].v, a[m], b);
-                pm_mma_16816<Elem>(acc[m][n].v + 4, a[m], b + 2);
-            }
-        }
+        Operands<MT, NT> o;
+        load(o, q, row0, kq, key, token0, kk);
+        multiply(acc, o);
     }
 
     // acc[m][i] += P[16 m, 16 step ..] . V[16 step .., col0 + 16 i ..]: 64 columns of V.

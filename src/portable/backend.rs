@@ -169,8 +169,10 @@ impl MlaBackend for PortableBackend {
         MlaBackend::supports(self, problem)?;
         inputs.validate(problem, self.info.device)?;
         // Kernels are loaded here, so that `run` finds them in place.
-        let (decode, blocks_per_part) = self.kernels.class().decode(problem);
-        self.decode_function(decode, problem.dtype())?;
+        let (_, blocks_per_part) = self.kernels.class().decode(problem, true);
+        for aligned in [true, false] {
+            self.decode_function(self.kernels.class().decode(problem, aligned).0, problem.dtype())?;
+        }
         self.combine_function(problem.dtype())?;
         let parts = self.multiprocessors / blocks_per_part.max(1);
         let mut schedule = PortableSchedule::new(&self.device, problem, options, parts)?;
@@ -211,7 +213,7 @@ impl MlaBackend for PortableBackend {
         }
         let mut params = params(problem, inputs, outputs);
         schedule.fill(&mut params, problem, scratch);
-        let (kernel, blocks_per_part) = self.kernels.class().decode(problem);
+        let (kernel, blocks_per_part) = self.kernels.class().decode(problem, params.aligned());
         let (decode, combine) =
             (self.decode_function(kernel, problem.dtype())?, self.combine_function(problem.dtype())?);
         let blocks = blocks_per_part as u64 * schedule.num_parts() as u64;

@@ -55,6 +55,14 @@ pub(crate) const FLAG_KV_VEC16: i32 = 2;
 /// `FLAG_OUT_VEC`: every row of out is 8-byte aligned and its innermost stride is 1.
 pub(crate) const FLAG_OUT_VEC: i32 = 4;
 
+impl DecodeParams {
+    /// Whether rows are as the kernel with roles needs them.
+    pub(crate) fn aligned(&self) -> bool {
+        let all = FLAG_Q_VEC16 | FLAG_KV_VEC16 | FLAG_OUT_VEC;
+        self.flags & all == all
+    }
+}
+
 /// `polymla::ScheduleParams`.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[repr(C)]

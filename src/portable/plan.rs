@@ -18,6 +18,9 @@ const MAX_PARTS: (usize, &str) = (65_535, "1..=65535");
 const COMBINE_GROUPS: i32 = THREADS as i32 / 32;
 const COMBINE_COLUMNS: usize = 128;
 
+/// Units that a large device merges at a time: 132 multiprocessors, 3 blocks each of 8 groups.
+const CONCURRENT_UNITS: u64 = 3168;
+
 /// Blocks of the combine kernel, about: several for each multiprocessor of any device.
 const MAX_COMBINE_BLOCKS: u64 = 2048;
 
@@ -117,17 +120,19 @@ impl PortableSchedule {
         params.num_parts = plan.num_parts() as i32;
         params.fixed_split_blocks = plan.fixed_split_blocks();
         params.slots = self.slots(problem) as i32;
-        // Ways by the splits that a request has on average. A batch-invariant run must add in one order in every batch.
-        let splits = (problem.b() + plan.num_parts()) / problem.b().max(1);
+        // Ways where there are fewer units than the device has room for, but no more than a request has splits on average.
+        // A batch-invariant run must add in one order in every batch.
+        let units = combine_units(problem).saturating_mul(problem.b() as u64).max(1);
+        let splits = (problem.b() + plan.num_parts()) as u64 / problem.b().max(1) as u64;
         params.combine_ways = match plan.policy() {
             SplitPolicy::BatchInvariant { .. } => 4,
-            SplitPolicy::Balanced { .. } if splits >= 6 => 8,
-            SplitPolicy::Balanced { .. } if splits >= 3 => 4,
-            SplitPolicy::Balanced { .. } => 2,
+            SplitPolicy::Balanced { .. } => {
+                let ways = (CONCURRENT_UNITS / units).min(splits).clamp(1, COMBINE_GROUPS as u64);
+                1 << ways.ilog2()
+            }
         };
         // As many blocks as there are turns of 8 / ways units, or as the device has use for.
         let turn = (COMBINE_GROUPS / params.combine_ways) as u64;
-        let units = combine_units(problem).saturating_mul(problem.b() as u64);
         let turns = units.div_ceil(MAX_COMBINE_BLOCKS).div_ceil(turn).max(1);
         params.combine_units = i32::try_from(turns * turn).unwrap_or(i32::MAX);
     }

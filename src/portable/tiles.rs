@@ -43,8 +43,14 @@ impl TileClass {
         CLASSES.into_iter().find(|class| class.bytes <= shared_bytes && class.warps.contains(&warp))
     }
 
-    /// The decode kernel for a problem, and the blocks of its grid for each part of the schedule.
-    pub(crate) fn decode(&self, problem: &Problem) -> (Decode, usize) {
+    /// Whether the tile of so many rows is served by the kernel with roles.
+    fn has_roles(&self, rows: usize) -> bool {
+        self.kib == 227 && rows == 64
+    }
+
+    /// The decode kernel for a problem, and the blocks of its grid for each part of the schedule. `aligned`: rows of all
+    /// tensors are as the kernel with roles needs them.
+    pub(crate) fn decode(&self, problem: &Problem, aligned: bool) -> (Decode, usize) {
         let rows = problem.s_q() * problem.heads_per_kv();
         let bf16 = problem.dtype() == DType::Bf16;
         let head_dim_k = match (problem.head_dim_k(), problem.head_dim_v()) {
@@ -54,8 +60,9 @@ impl TileClass {
                 return (Decode { bf16, tuned: None }, rows * chunks * problem.h_kv());
             }
         };
-        let largest = self.rows[self.rows.len() - 1];
-        let tile = self.rows.iter().copied().find(|tile| *tile >= rows).unwrap_or(largest);
+        let fits = |tile: &usize| aligned || !self.has_roles(*tile);
+        let tiles = || self.rows.iter().copied().filter(fits);
+        let tile = tiles().find(|tile| *tile >= rows).or_else(|| tiles().last()).unwrap_or(self.rows[0]);
         (Decode { bf16, tuned: Some((head_dim_k, tile)) }, rows.div_ceil(tile) * problem.h_kv())
     }
 }
@@ -92,7 +99,7 @@ impl Decode {
 
     /// Threads of a block.
     pub(crate) fn threads(self, class: &TileClass) -> u32 {
-        if class.kib == 227 && self.tuned.is_some_and(|(_, rows)| rows == 64) { ROLES_THREADS } else { THREADS }
+        if self.tuned.is_some_and(|(_, rows)| class.has_roles(rows)) { ROLES_THREADS } else { THREADS }
     }
 
     /// Dynamic shared memory of a launch.
@@ -161,7 +168,7 @@ mod tests {
         let class = TileClass::of(32, 227 * 1024).expect("a class");
         let decode = |h_q, s_q, head_dim_k, head_dim_v| {
             let builder = Problem::builder(1).h_q(h_q).s_q(s_q).head_dim_k(head_dim_k).head_dim_v(head_dim_v);
-            let (decode, blocks) = class.decode(&builder.build().expect("valid"));
+            let (decode, blocks) = class.decode(&builder.build().expect("valid"), true);
             (decode.name(), blocks)
         };
         assert_eq!(decode(16, 1, 576, 512), ("polymla_decode_bf16_d576_m16".into(), 1));

@@ -18,7 +18,7 @@ pub(crate) fn cuda_class(arch: &str) -> Option<u32> {
         "sm_75" => 64,
         "sm_80" | "sm_87" => 163,
         "sm_86" | "sm_89" | "sm_120" | "sm_121" => 99,
-        "sm_90a" | "sm_90" | "sm_100" | "sm_103" => 227,
+        "sm_90" | "sm_90a" | "sm_100" | "sm_100a" | "sm_103" | "sm_103a" => 227,
         _ => return None,
     })
 }
@@ -32,10 +32,10 @@ pub(crate) fn options(kib: u32, element: &str) -> Vec<String> {
 #[allow(dead_code, reason = "for the CUDA backend; build.rs includes this file too")]
 pub(crate) const CUDA_WARP: u32 = 32;
 
-/// What is compiled for a device of this compute capability. Hopper's own features let warps trade registers.
+/// What is compiled for a device of this compute capability. Features of their own let warps of some trade registers.
 #[allow(dead_code, reason = "for the CUDA backend; build.rs includes this file too")]
 pub(crate) fn cuda_arch(major: u32, minor: u32) -> String {
-    format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" })
+    format!("sm_{major}{minor}{}", if matches!((major, minor), (9, 0) | (10, 0 | 3)) { "a" } else { "" })
 }
 
 /// What NVRTC is told: architecture (`sm_90a`), class, elements.

@@ -18,8 +18,7 @@ PM_DEV void pm_registers() {}
 PM_DEV void pm_bar_sync(int id, int threads) { simt::named_barrier(id, threads, true, __FILE__, __LINE__); }
 PM_DEV void pm_bar_arrive(int id, int threads) { simt::named_barrier(id, threads, false, __FILE__, __LINE__); }
 PM_DEV void pm_mbar_init(char* at, int arrivals) { simt::phase_init(at, arrivals); }
-PM_DEV void pm_mbar_arrive(char* at) { simt::phase_arrive(at, false, __FILE__, __LINE__); }
-PM_DEV void pm_copy_arrive(char* at) { simt::phase_arrive(at, true, __FILE__, __LINE__); }
+PM_DEV void pm_copy_arrive(char* at) { simt::phase_arrive(at, __FILE__, __LINE__); }
 PM_DEV void pm_mbar_wait(char* at, u32 parity) { simt::phase_wait(at, parity, __FILE__, __LINE__); }
 
 // Lane 8 i + r gives the address of row r of matrix i, 8 elements. Lane l receives of each matrix elements 2 (l % 4) and

@@ -112,10 +112,13 @@ impl SimtBackend {
     }
 
     /// Rows of the tuned kernel's tile, or none for head dimensions that the generic kernel serves.
-    pub fn tile_rows(&self, p: &Problem) -> Option<usize> {
+    pub fn tile_rows(&self, p: &Problem, aligned: bool) -> Option<usize> {
         let tuned = matches!((p.head_dim_k(), p.head_dim_v()), (576 | 512, 512));
         let offered: &[usize] = match self.variant.shared_kib {
-            163 | 227 => &[16, 32, 64],
+            163 => &[16, 32, 64],
+            // The kernel with roles takes aligned rows only.
+            227 if aligned => &[16, 32, 64],
+            227 => &[16, 32],
             99 => &[16, 32],
             _ => &[16],
         };
@@ -339,7 +342,7 @@ impl MlaBackend for SimtBackend {
         params.status = &raw mut status as u64;
         let (dtype, rows) = (p.dtype().name(), p.s_q() * p.heads_per_kv());
         let parts = schedule.parts.len() * p.h_kv();
-        let (name, grid) = match self.tile_rows(p) {
+        let (name, grid) = match self.tile_rows(p, params.flags == 7) {
             Some(m) => (format!("polymla_decode_{dtype}_d{}_m{m}", p.head_dim_k()), rows.div_ceil(m) * parts),
             None => (format!("polymla_generic_{dtype}"), rows * p.head_dim_v().div_ceil(1024) * parts),
         };

@@ -229,14 +229,12 @@ Phase& phase(char* at, const char* file, int line) {
     return found->second;
 }
 
-void phase_arrive(char* at, bool copies, const char* file, int line) {
+void phase_arrive(char* at, const char* file, int line) {
     Block& b = *here;
     Phase& p = phase(at, file, line);
-    if (copies) {
-        for (auto& group : b.fibers[b.current].groups) {
-            p.copies.insert(p.copies.end(), group.begin(), group.end());
-            group.clear();
-        }
+    for (auto& group : b.fibers[b.current].groups) {
+        p.copies.insert(p.copies.end(), group.begin(), group.end());
+        group.clear();
     }
     if (++p.arrived < p.arrivals) return;
     land(p.copies);
