@@ -74,16 +74,17 @@ PM_DEV void pm_ldmatrix_x4_trans(u32 (&r)[4], const char* at) {
 }
 
 // ---- for the kernel with roles ----
-// The registers of each thread of this group of 128 from now on.
-template <int COUNT, bool MORE>
-PM_DEV void pm_registers() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL)
-    if (MORE)
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-    else
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+// 256 threads of a block of 384 take registers from the other 128. What the compilers spill least with.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+PM_DEV void pm_more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 192;"); }
+PM_DEV void pm_fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 120;"); }
+#elif defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL)
+PM_DEV void pm_more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 200;"); }
+PM_DEV void pm_fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 104;"); }
+#else
+PM_DEV void pm_more_registers() {}
+PM_DEV void pm_fewer_registers() {}
 #endif
-}
 // A barrier of `threads` threads, some of which may only arrive.
 PM_DEV void pm_bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 PM_DEV void pm_bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

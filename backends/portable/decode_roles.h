@@ -33,8 +33,6 @@ struct RoleDecoder {
     static constexpr int WM = 32, MT = WM / 16, R = 2 * MT;
     static constexpr int PV_THREADS = DECODE_THREADS, QK_THREADS = C::M / WM * 64, THREADS = PV_THREADS + QK_THREADS;
     static constexpr int STEPS = C::DK / 16, AHEAD = 1, QK_UNROLL = 8;
-    // Where groups of warps can trade registers: O takes more than scores do.
-    static constexpr int PV_REGISTERS = 192, QK_REGISTERS = 120;
     enum Barrier { P_FULL = 1, P_FREE, PV_ONLY, ALL, PAIR_0 };
 
     static PM_DEV char* full(char* smem, int stage, int half) { return smem + C::barriers + (stage * 2 + half) * 8; }
@@ -248,7 +246,7 @@ struct RoleDecoder {
         const Segment& s = state.segment;
         Work w = {};
         if (pm_thread() < PV_THREADS) {
-            pm_registers<PV_REGISTERS, true>();
+            pm_more_registers();                // O takes more than scores do
             while (next(p, row0, smem, state, w)) {
                 Acc acc[C::GROUPS][C::MT][4] = {};
                 if (w.tiles > 0) pv_role(p, s, w, kv_head, row0, smem, acc);
@@ -261,7 +259,7 @@ struct RoleDecoder {
                     Uniform::store(p, true, true, smem, offset, acc);
             }
         } else {
-            pm_registers<QK_REGISTERS, false>();
+            pm_fewer_registers();
             while (next(p, row0, smem, state, w)) {
                 Rows rows;
 #pragma unroll

@@ -62,7 +62,7 @@ impl TileClass {
         };
         let fits = |tile: &usize| aligned || !self.has_roles(*tile);
         let tiles = || self.rows.iter().copied().filter(fits);
-        let tile = tiles().find(|tile| *tile >= rows).or_else(|| tiles().last()).unwrap_or(self.rows[0]);
+        let tile = tiles().find(|tile| *tile >= rows).or_else(|| tiles().next_back()).unwrap_or(self.rows[0]);
         (Decode { bf16, tuned: Some((head_dim_k, tile)) }, rows.div_ceil(tile) * problem.h_kv())
     }
 }

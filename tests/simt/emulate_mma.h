@@ -13,8 +13,8 @@ PM_DEV void pm_copy_wait() {
 
 // Named barriers, and barriers in shared memory that copies arrive on.
 #define PM_ROLES 1
-template <int COUNT, bool MORE>
-PM_DEV void pm_registers() {}
+PM_DEV void pm_more_registers() {}
+PM_DEV void pm_fewer_registers() {}
 PM_DEV void pm_bar_sync(int id, int threads) { simt::named_barrier(id, threads, true, __FILE__, __LINE__); }
 PM_DEV void pm_bar_arrive(int id, int threads) { simt::named_barrier(id, threads, false, __FILE__, __LINE__); }
 PM_DEV void pm_mbar_init(char* at, int arrivals) { simt::phase_init(at, arrivals); }

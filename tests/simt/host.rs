@@ -346,8 +346,8 @@ impl MlaBackend for SimtBackend {
             Some(m) => (format!("polymla_decode_{dtype}_d{}_m{m}", p.head_dim_k()), rows.div_ceil(m) * parts),
             None => (format!("polymla_generic_{dtype}"), rows * p.head_dim_v().div_ceil(1024) * parts),
         };
-        let combine_grid = p.b()
-            * (p.s_q() * p.h_q() * p.head_dim_v().div_ceil(128)).div_ceil(params.combine_units as usize);
+        let combine_grid =
+            p.b() * (p.s_q() * p.h_q() * p.head_dim_v().div_ceil(128)).div_ceil(params.combine_units as usize);
         // SAFETY: every tensor was validated against the problem, tables are checked by the kernels before use, and the
         // workspace has the size that the parameters say.
         unsafe {
