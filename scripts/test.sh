@@ -17,3 +17,5 @@ echo "== HIP without a device: compilers, ROCm's library, the host code over a C
 bash scripts/check-hip.sh
 echo "== the WGSL backend on software Vulkan and in a browser (installs Debian packages)"
 bash scripts/check-wgpu.sh
+echo "== the portable kernels under every compiler: registers, spills, instructions (installs compilers)"
+bash scripts/check-portable.sh
