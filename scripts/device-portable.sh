@@ -4,7 +4,7 @@
 #
 #   scripts/device-portable.sh build          here: the binary and the libraries into .carry/portable/
 #   scripts/device-portable.sh run [STEP...]  there, in the repository's root with .carry/portable/ beside it; the steps
-#                                             named, or golden hip bench sanitizer
+#                                             named, or golden tests hip bench sanitizer
 #
 # Results go to $OUT (else .carry/portable/out): one log a step. Every step runs, whatever became of those before, and is
 # ended after its own limit of time; the last line counts them.
@@ -18,6 +18,15 @@ build() {
     cargo build --release --features cli,sm90,cuda,hip
     cp "$target/release/polymla" "$carry/polymla"
     strip "$carry/polymla"
+    local tests
+    tests=$(cargo test --no-run --features sm90,cuda --test cuda --message-format=json |
+        python3 -c 'import json,sys
+for line in sys.stdin:
+    m = json.loads(line)
+    if m.get("executable") and m["target"]["name"] == "cuda":
+        print(m["executable"])')
+    cp "$tests" "$carry/cuda-tests"
+    strip "$carry/cuda-tests"
     c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -Wall -Wextra -Werror -DSHIM_VENDOR_HEADER='"hip.h"' \
         -o "$carry/libhip.so" tests/shims/forward.cpp -ldl
     ls -l "$carry"
@@ -25,6 +34,11 @@ build() {
 
 # Golden files and random problems, on the device.
 step_golden() { timeout 120 "$carry/polymla" conformance --backend cuda --random 300; }
+
+# What both CUDA backends must pass: golden, random, repeats, batch invariance, graphs, bad input.
+step_tests() {
+    POLYMLA_REQUIRE=cuda POLYMLA_TEST_RANDOM=${POLYMLA_TEST_RANDOM:-300} timeout 120 "$carry/cuda-tests" portable::
+}
 
 # HIP's host code and kernels over NVRTC and libcuda.
 step_hip() {
@@ -36,16 +50,17 @@ step_bench() { timeout 120 "$carry/polymla" bench --backend cuda --suite h200; }
 
 # Three golden files, because every access is watched: one each of 16, 32 and 64 rows.
 step_sanitizer() {
-    local tool files=()
+    local tool files=() failed=0
     for tool in dense_bf16_b6_sq2_hq16_zero_len dense_fp16_b1_sq3_hq20_peaked_rising dense_bf16_b2_sq2_hq64_causal; do
         files+=("tests/golden/$tool.safetensors")
     done
     for tool in memcheck synccheck initcheck racecheck; do
         echo "-- $tool"
-        timeout 100 compute-sanitizer --tool $tool --error-exitcode 9 "$carry/polymla" conformance --backend cuda \
-            "${files[@]}" >"$out/$tool.log" 2>&1 || { tail -n 40 "$out/$tool.log"; return 1; }
+        timeout "${SANITIZER_S:-100}" compute-sanitizer --tool $tool --error-exitcode 9 "$carry/polymla" conformance --backend cuda \
+            "${files[@]}" >"$out/$tool.log" 2>&1 || { tail -n 40 "$out/$tool.log"; failed=1; }
         tail -n 2 "$out/$tool.log"
     done
+    [ $failed -eq 0 ]
 }
 
 run() {
@@ -53,7 +68,7 @@ run() {
     mkdir -p "$out"
     local passed=0 failed=0 step start
     local steps=("$@")
-    [ ${#steps[@]} -gt 0 ] || steps=(golden hip bench sanitizer)
+    [ ${#steps[@]} -gt 0 ] || steps=(golden tests hip bench sanitizer)
     for step in "${steps[@]}"; do
         echo "== $step"
         start=$SECONDS

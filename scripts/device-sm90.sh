@@ -80,15 +80,15 @@ step_tests() {
         POLYMLA_TEST_RANDOM=${POLYMLA_TEST_RANDOM:-300} timeout "$limit" "$carry/cuda-tests" --exact "$name" ||
             { echo "FAILED ($?): $name" && failures=$((failures + 1)); }
     done <<'END'
-50 results::random_problems
-20 results::repeated_runs_give_the_same_bits
-20 results::batch_invariant_rows_have_the_same_bits_alone
-20 graph::a_captured_step_follows_new_lengths_and_smaller_batches
-20 graph::a_schedule_is_reused_for_a_smaller_batch
-20 results::bad_tables_and_lengths_mark_their_request_only
+50 sm90::random_problems
+20 sm90::repeated_runs_give_the_same_bits
+20 sm90::batch_invariant_rows_have_the_same_bits_alone
+20 sm90::a_captured_step_follows_new_lengths_and_smaller_batches
+20 sm90::a_schedule_is_reused_for_a_smaller_batch
+20 sm90::bad_tables_and_lengths_mark_their_request_only
 25 large::caches_beyond_four_gibibytes
 20 large::more_than_four_million_accumulator_rows
-20 results::schedules_cover_every_block_once
+20 sm90::schedules_cover_every_block_once
 END
     [ $failures -eq 0 ]
 }

@@ -33,10 +33,24 @@ struct RoleDecoder {
     static constexpr int WM = 32, MT = WM / 16, R = 2 * MT;
     static constexpr int PV_THREADS = DECODE_THREADS, QK_THREADS = C::M / WM * 64, THREADS = PV_THREADS + QK_THREADS;
     static constexpr int STEPS = C::DK / 16, AHEAD = 1, QK_UNROLL = 8;
-    enum Barrier { P_FULL = 1, P_FREE, PV_ONLY, ALL, PAIR_0 };
+    enum Barrier { P_FULL = 1, P_FREE, PV_ONLY, PV_HERE, QK_HERE, PAIR_0 };
 
     static PM_DEV char* full(char* smem, int stage, int half) { return smem + C::barriers + (stage * 2 + half) * 8; }
     static PM_DEV char* q_full(char* smem) { return smem + C::barriers + 32; }
+
+    // All threads, from wherever they are. (A barrier of the whole block at two places of the code is what synccheck takes for
+    // divergence.) The Q K^T warps wait before they say that they are here: so nobody comes to the next meeting while
+    // somebody is still to leave this one.
+    template <bool PV>
+    static PM_DEV void meet() {
+        if (PV) {
+            pm_bar_arrive(PV_HERE, THREADS);
+            pm_bar_sync(QK_HERE, THREADS);
+        } else {
+            pm_bar_sync(PV_HERE, THREADS);
+            pm_bar_arrive(QK_HERE, THREADS);
+        }
+    }
 
     // What both roles know of a segment.
     struct Work {
@@ -218,12 +232,13 @@ struct RoleDecoder {
     }
 
     // The part's next segment; false where there is none. All threads, all of whom are done with the one before.
+    template <bool PV>
     static PM_DEV bool next(const DecodeParams& p, int row0, char* smem, State& state, Work& w) {
         w.done += u32(w.tiles);
         if (w.tiles > 0) w.parity ^= 1;
-        pm_bar_sync(ALL, THREADS);          // everybody is done with the segment before
+        meet<PV>();          // everybody is done with the segment before
         if (pm_thread() == 0) Uniform::next_segment(p, state, smem);
-        pm_bar_sync(ALL, THREADS);
+        meet<PV>();
         if (!state.more) return false;
         const Segment& s = state.segment;
         if (pm_thread() < C::M) Uniform::find_limit(p, s, row0, pm_thread(), smem);
@@ -231,7 +246,7 @@ struct RoleDecoder {
         w.first = s.begin * BLOCK_TOKENS;
         w.last = s.bad ? w.first : int(i64(s.end) * BLOCK_TOKENS < s.len ? s.end * BLOCK_TOKENS : s.len);
         w.tiles = int((u32(w.last > w.first ? w.last - w.first : 0) + C::N - 1) / C::N);
-        pm_bar_sync(ALL, THREADS);          // limits are there
+        meet<PV>();          // limits are there
         return true;
     }
 
@@ -247,11 +262,11 @@ struct RoleDecoder {
         Work w = {};
         if (pm_thread() < PV_THREADS) {
             pm_more_registers();                // O takes more than scores do
-            while (next(p, row0, smem, state, w)) {
+            while (next<true>(p, row0, smem, state, w)) {
                 Acc acc[C::GROUPS][C::MT][4] = {};
                 if (w.tiles > 0) pv_role(p, s, w, kv_head, row0, smem, acc);
-                pm_bar_sync(ALL, THREADS);      // nobody reads Q or factors, or writes `bad`, any more
-                pm_bar_sync(ALL, THREADS);      // the rows are finished
+                meet<true>();      // nobody reads Q or factors, or writes `bad`, any more
+                meet<true>();      // the rows are finished
                 const i64* offset = reinterpret_cast<const i64*>(smem + C::q);
                 if (s.slot < 0)
                     Uniform::store(p, false, true, smem, offset, acc);
@@ -260,7 +275,7 @@ struct RoleDecoder {
             }
         } else {
             pm_fewer_registers();
-            while (next(p, row0, smem, state, w)) {
+            while (next<false>(p, row0, smem, state, w)) {
                 Rows rows;
 #pragma unroll
                 for (int r = 0; r < R; ++r) {
@@ -268,9 +283,9 @@ struct RoleDecoder {
                     rows.l[r] = 0.0f;
                 }
                 if (w.tiles > 0) qk_role(p, w, smem, rows);
-                pm_bar_sync(ALL, THREADS);
+                meet<false>();
                 finish_rows(p, s, kv_head, row0, smem, rows);
-                pm_bar_sync(ALL, THREADS);
+                meet<false>();
             }
         }
     }

@@ -2,17 +2,81 @@
 
 use polymla::conformance::{Call, PoisonedOutputs, required};
 use polymla::cuda::sm90::{Sm90Backend, Sm90Schedule};
-use polymla::cuda::{DeviceBuffer, Stream};
-use polymla::{Inputs, KvCache, MlaBackend, MlaError, Outputs, Problem, Query, Result, ScheduleOptions, TensorView};
+use polymla::cuda::{DeviceBuffer, HostPlan, OwnedStream, Stream};
+use polymla::{
+    HostBackend, Inputs, KvCache, MlaBackend, MlaError, Outputs, Problem, Query, Result, ScheduleOptions, TensorView,
+};
+
+/// A backend on CUDA, with what its trait leaves to it.
+pub trait Tested: MlaBackend<Buffer = DeviceBuffer, Stream = Stream> + HostBackend + Sized {
+    const NAME: &str;
+    fn first_device() -> Result<Self>;
+    fn new_stream(&self) -> Result<OwnedStream>;
+    fn schedule_again(&self, into: &mut Self::Schedule, p: &Problem, lens: &TensorView<'_>, s: Stream) -> Result<()>;
+    /// Whether a device-side check has found something that was not reported yet.
+    fn has_failed(schedule: &Self::Schedule) -> bool;
+    fn plan(schedule: &Self::Schedule) -> Result<HostPlan>;
+}
+
+impl Tested for Sm90Backend {
+    const NAME: &str = "sm90";
+    fn first_device() -> Result<Self> {
+        Sm90Backend::new()
+    }
+    fn new_stream(&self) -> Result<OwnedStream> {
+        self.create_stream()
+    }
+    fn schedule_again(&self, into: &mut Sm90Schedule, p: &Problem, lens: &TensorView<'_>, s: Stream) -> Result<()> {
+        self.schedule_into(into, p, lens, s)
+    }
+    fn has_failed(schedule: &Sm90Schedule) -> bool {
+        schedule.poll().is_some()
+    }
+    fn plan(schedule: &Sm90Schedule) -> Result<HostPlan> {
+        schedule.to_host()
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod portable {
+    use polymla::cuda::portable::{PortableBackend, PortableSchedule, first_device};
+
+    use super::*;
+
+    impl Tested for PortableBackend {
+        const NAME: &str = "cuda";
+        fn first_device() -> Result<Self> {
+            first_device()
+        }
+        fn new_stream(&self) -> Result<OwnedStream> {
+            self.create_stream()
+        }
+        fn schedule_again(
+            &self,
+            into: &mut PortableSchedule,
+            p: &Problem,
+            lens: &TensorView<'_>,
+            s: Stream,
+        ) -> Result<()> {
+            self.schedule_into(into, p, lens, s)
+        }
+        fn has_failed(schedule: &PortableSchedule) -> bool {
+            schedule.poll().is_err()
+        }
+        fn plan(schedule: &PortableSchedule) -> Result<HostPlan> {
+            schedule.to_host()
+        }
+    }
+}
 
 /// The backend; `None`, with the reason printed, where it is absent and not required.
-pub fn backend() -> Option<Sm90Backend> {
-    match Sm90Backend::new() {
+pub fn backend<B: Tested>() -> Option<B> {
+    match B::first_device() {
         Ok(backend) => Some(backend),
         Err(reason) => {
             assert!(matches!(reason, MlaError::Absent { .. }), "opening must fail with a reason only: {reason}");
-            let required = required().expect("POLYMLA_REQUIRE").iter().any(|name| name == "sm90");
-            assert!(!required, "POLYMLA_REQUIRE lists sm90, but: {reason}");
+            let required = required().expect("POLYMLA_REQUIRE").iter().any(|name| name == B::NAME);
+            assert!(!required, "POLYMLA_REQUIRE lists {}, but: {reason}", B::NAME);
             eprintln!("SKIP: {reason}");
             None
         }
@@ -28,22 +92,22 @@ pub fn rebuilt(p: &Problem, b: usize, num_pages: usize) -> Problem {
 }
 
 /// A call's inputs on the device.
-pub struct Placed<'a> {
-    backend: &'a Sm90Backend,
+pub struct Placed<'a, B> {
+    backend: &'a B,
     call: &'a Call,
     pub buffers: Vec<(&'static str, DeviceBuffer)>,
 }
 
 /// A call's outputs: on the device, and where they are copied back to.
-pub struct Results<'a> {
-    backend: &'a Sm90Backend,
+pub struct Results<'a, B> {
+    backend: &'a B,
     pub host: PoisonedOutputs,
     out: DeviceBuffer,
     lse: DeviceBuffer,
 }
 
-impl<'a> Placed<'a> {
-    pub fn new(backend: &'a Sm90Backend, call: &'a Call) -> Self {
+impl<'a, B: Tested> Placed<'a, B> {
+    pub fn new(backend: &'a B, call: &'a Call) -> Self {
         let buffers = call.tensors.iter().map(|(n, t)| (*n, backend.upload(t.bytes()).expect("upload"))).collect();
         Placed { backend, call, buffers }
     }
@@ -96,8 +160,8 @@ impl<'a> Placed<'a> {
     }
 }
 
-impl<'a> Results<'a> {
-    pub fn new(backend: &'a Sm90Backend, host: PoisonedOutputs) -> Self {
+impl<'a, B: Tested> Results<'a, B> {
+    pub fn new(backend: &'a B, host: PoisonedOutputs) -> Self {
         let [out, lse] = [&host.out, &host.lse].map(|t| backend.upload(t.bytes()).expect("upload"));
         Results { backend, host, out, lse }
     }
@@ -119,13 +183,13 @@ impl<'a> Results<'a> {
 }
 
 /// Schedules and runs a call whose tensors are in place; does not wait.
-pub fn enqueue(
-    backend: &Sm90Backend,
+pub fn enqueue<B: Tested>(
+    backend: &B,
     call: &Call,
     options: &ScheduleOptions,
     inputs: &Inputs<'_>,
-    results: &mut Results<'_>,
-) -> Result<(Sm90Schedule, DeviceBuffer)> {
+    results: &mut Results<'_, B>,
+) -> Result<(B::Schedule, DeviceBuffer)> {
     let stream = Stream::default();
     let schedule = backend.schedule(&call.problem, options, inputs, stream)?;
     let mut scratch = backend.alloc(backend.workspace_bytes(&call.problem, &schedule))?;

@@ -3,10 +3,9 @@
 use polymla::conformance::random::{Limits, random_call};
 use polymla::conformance::{Call, compare};
 use polymla::cuda::Stream;
-use polymla::cuda::sm90::Sm90Backend;
-use polymla::{Mask, MlaBackend, ScheduleOptions, SplitPolicy};
+use polymla::{Mask, ScheduleOptions, SplitPolicy};
 
-use crate::device::{Placed, Results, backend, enqueue, rebuilt};
+use crate::device::{Placed, Results, Tested, backend, enqueue, rebuilt};
 
 fn batch() -> Call {
     let limits = Limits { max_b: 8, max_work: 40_000_000, ..Limits::deepseek() };
@@ -17,7 +16,7 @@ fn batch() -> Call {
 }
 
 /// The bits that a step of its own, neither captured nor replanned, gives for these lengths.
-fn alone(backend: &Sm90Backend, call: &Call, options: &ScheduleOptions, lengths: &[i32]) -> (Vec<u8>, Vec<u8>) {
+fn alone<B: Tested>(backend: &B, call: &Call, options: &ScheduleOptions, lengths: &[i32]) -> (Vec<u8>, Vec<u8>) {
     let mut placed = Placed::new(backend, call);
     placed.buffer("cache_seqlens").write(0, bytemuck::cast_slice(lengths)).expect("new lengths");
     let mut results = Results::new(backend, call.poisoned_outputs().expect("outputs"));
@@ -26,9 +25,8 @@ fn alone(backend: &Sm90Backend, call: &Call, options: &ScheduleOptions, lengths:
     results.read()
 }
 
-#[test]
-fn a_captured_step_follows_new_lengths_and_smaller_batches() {
-    let Some(backend) = backend() else { return };
+pub fn a_captured_step_follows_new_lengths_and_smaller_batches<B: Tested>() {
+    let Some(backend) = backend::<B>() else { return };
     let call = batch();
     let full = call.cache_seqlens();
     let b = full.len();
@@ -37,7 +35,7 @@ fn a_captured_step_follows_new_lengths_and_smaller_batches() {
     let rising: Vec<i32> = full.iter().enumerate().map(|(i, n)| n * (i as i32 + 1) / b as i32).collect();
     for policy in [SplitPolicy::default(), SplitPolicy::BatchInvariant { split_blocks: 2 }] {
         let options = ScheduleOptions { num_sm_parts: None, policy };
-        let owned = backend.create_stream().expect("stream");
+        let owned = backend.new_stream().expect("stream");
         let mut placed = Placed::new(&backend, &call);
         let mut results = Results::new(&backend, call.poisoned_outputs().expect("outputs"));
         let mut schedule =
@@ -50,7 +48,7 @@ fn a_captured_step_follows_new_lengths_and_smaller_batches() {
             let mut outputs = results.outputs();
             owned
                 .capture(|stream| {
-                    backend.schedule_into(&mut schedule, &call.problem, &inputs.cache_seqlens, stream)?;
+                    backend.schedule_again(&mut schedule, &call.problem, &inputs.cache_seqlens, stream)?;
                     backend.run(&call.problem, &schedule, &mut workspace, &inputs, &mut outputs, stream)
                 })
                 .expect("capture")
@@ -70,13 +68,12 @@ fn a_captured_step_follows_new_lengths_and_smaller_batches() {
     }
 }
 
-#[test]
-fn a_schedule_is_reused_for_a_smaller_batch() {
-    let Some(backend) = backend() else { return };
+pub fn a_schedule_is_reused_for_a_smaller_batch<B: Tested>() {
+    let Some(backend) = backend::<B>() else { return };
     let call = batch();
     for policy in [SplitPolicy::default(), SplitPolicy::BatchInvariant { split_blocks: 1 }] {
         let options = ScheduleOptions { num_sm_parts: None, policy };
-        let stream = backend.create_stream().expect("stream");
+        let stream = backend.new_stream().expect("stream");
         let placed = Placed::new(&backend, &call);
         let mut results = Results::new(&backend, call.poisoned_outputs().expect("outputs"));
         let mut schedule =
@@ -93,7 +90,7 @@ fn a_schedule_is_reused_for_a_smaller_batch() {
         let count = call.problem.b() / 2;
         let smaller = rebuilt(&call.problem, count, call.problem.num_pages());
         let few = placed.first_requests(count, 0);
-        backend.schedule_into(&mut schedule, &smaller, &few.cache_seqlens, stream.stream()).expect("schedule_into");
+        backend.schedule_again(&mut schedule, &smaller, &few.cache_seqlens, stream.stream()).expect("schedule_into");
         // SAFETY: all that was captured is still there.
         unsafe { graph.launch(stream.stream()) }.expect("launch");
         backend.finish(&schedule, stream.stream()).expect("finish");
@@ -108,7 +105,7 @@ fn a_schedule_is_reused_for_a_smaller_batch() {
         let from = bytes.len() / call.problem.b() * count;
         assert!(bytes[from..] == poison[from..], "requests beyond the batch were written");
         // And a larger batch than there is room for is refused.
-        let error = backend.schedule_into(&mut schedule, &call.problem, &few.cache_seqlens, stream.stream());
+        let error = backend.schedule_again(&mut schedule, &call.problem, &few.cache_seqlens, stream.stream());
         assert!(error.is_err(), "lengths of another batch size must be refused");
     }
 }

@@ -4,6 +4,7 @@ use half::bf16;
 use polymla::conformance::random::{Limits, random_call};
 use polymla::conformance::{Call, Layout, compare};
 use polymla::cuda::Stream;
+use polymla::cuda::sm90::Sm90Backend;
 use polymla::{
     DType, Inputs, KvCache, MlaBackend, Outputs, Problem, Query, ScheduleOptions, SplitPolicy, TensorView,
     TensorViewMut,
@@ -16,7 +17,7 @@ const TWO_GIGA: usize = 1 << 31;
 
 #[test]
 fn caches_beyond_four_gibibytes() {
-    let Some(backend) = backend() else { return };
+    let Some(backend) = backend::<Sm90Backend>() else { return };
     for page_size in [64, 16, 48, 256] {
         let limits = Limits {
             page_sizes: vec![page_size],
@@ -78,7 +79,7 @@ fn caches_beyond_four_gibibytes() {
 
 #[test]
 fn more_than_four_million_accumulator_rows() {
-    let Some(backend) = backend() else { return };
+    let Some(backend) = backend::<Sm90Backend>() else { return };
     // 128 requests over the same 33,280 tokens, cut at every block: 66,560 partial tiles of 64 rows.
     let (b, h_q, d_k, d_v, page, blocks) = (128usize, 16usize, 576usize, 512usize, 64usize, 520usize);
     assert!(b * blocks * 64 > 4_200_000);

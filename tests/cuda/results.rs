@@ -8,9 +8,9 @@ use polymla::conformance::random::{Limits, random_call, random_options};
 use polymla::conformance::{Call, LAYOUTS, Layout, POLICIES, check, check_with, golden};
 use polymla::cuda::Stream;
 use polymla::schedule::PartMetadata;
-use polymla::{HostBackend, MlaBackend, MlaError, ScheduleOptions, SplitPolicy};
+use polymla::{MlaError, ScheduleOptions, SplitPolicy};
 
-use crate::device::{Placed, Results, backend, enqueue, rebuilt};
+use crate::device::{Placed, Results, Tested, backend, enqueue, rebuilt};
 
 fn golden_calls() -> Vec<Call> {
     // The test may run on another machine than it was built on, from the root of the repository.
@@ -21,9 +21,8 @@ fn golden_calls() -> Vec<Call> {
     files.iter().map(|file| golden::load(file).expect("a golden file")).collect()
 }
 
-#[test]
-fn golden_files() {
-    let Some(backend) = backend() else { return };
+pub fn golden_files<B: Tested>() {
+    let Some(backend) = backend::<B>() else { return };
     let mut failures = Vec::new();
     for call in golden_calls() {
         for layout in LAYOUTS {
@@ -38,9 +37,8 @@ fn golden_files() {
     assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
 }
 
-#[test]
-fn random_problems() {
-    let Some(backend) = backend() else { return };
+pub fn random_problems<B: Tested>() {
+    let Some(backend) = backend::<B>() else { return };
     let count = std::env::var("POLYMLA_TEST_RANDOM").ok().and_then(|n| n.parse().ok()).unwrap_or(300u64);
     let (next, failures) = (AtomicU64::new(0), Mutex::new(Vec::new()));
     // The reference takes the time: one seed a thread at once.
@@ -75,9 +73,8 @@ fn batches(count: usize) -> Vec<Call> {
     calls.filter(|call| call.problem.b() > 2 && call.cache_seqlens().iter().any(|n| *n > 100)).take(count).collect()
 }
 
-#[test]
-fn repeated_runs_give_the_same_bits() {
-    let Some(backend) = backend() else { return };
+pub fn repeated_runs_give_the_same_bits<B: Tested>() {
+    let Some(backend) = backend::<B>() else { return };
     for call in batches(20) {
         for policy in [SplitPolicy::default(), SplitPolicy::BatchInvariant { split_blocks: 2 }] {
             let options = ScheduleOptions { num_sm_parts: None, policy };
@@ -97,9 +94,8 @@ fn repeated_runs_give_the_same_bits() {
     }
 }
 
-#[test]
-fn batch_invariant_rows_have_the_same_bits_alone() {
-    let Some(backend) = backend() else { return };
+pub fn batch_invariant_rows_have_the_same_bits_alone<B: Tested>() {
+    let Some(backend) = backend::<B>() else { return };
     for call in batches(20) {
         for split_blocks in [1, 3, 16] {
             let options = ScheduleOptions { num_sm_parts: None, policy: SplitPolicy::BatchInvariant { split_blocks } };
@@ -126,15 +122,14 @@ fn batch_invariant_rows_have_the_same_bits_alone() {
     }
 }
 
-#[test]
-fn schedules_cover_every_block_once() {
-    let Some(backend) = backend() else { return };
+pub fn schedules_cover_every_block_once<B: Tested>() {
+    let Some(backend) = backend::<B>() else { return };
     for call in batches(60) {
         let options = random_options(call.name.len() as u64 + u64::from(call.cache_seqlens()[0].unsigned_abs()));
         let placed = Placed::new(&backend, &call);
         let schedule =
             backend.schedule(&call.problem, &options, &placed.inputs(), Stream::default()).expect("schedule");
-        let plan = schedule.to_host().expect("the plan");
+        let plan = B::plan(&schedule).expect("the plan");
         let mut covered: Vec<usize> = vec![0; call.problem.b()];
         let blocks = |r: usize| (call.cache_seqlens()[r] as usize).div_ceil(64);
         let worked = |part: &&PartMetadata| part.begin_req <= part.end_req && (part.begin_req as usize) < covered.len();
@@ -154,9 +149,8 @@ fn schedules_cover_every_block_once() {
     }
 }
 
-#[test]
-fn bad_tables_and_lengths_mark_their_request_only() {
-    let Some(backend) = backend() else { return };
+pub fn bad_tables_and_lengths_mark_their_request_only<B: Tested>() {
+    let Some(backend) = backend::<B>() else { return };
     for (i, call) in batches(24).into_iter().enumerate() {
         let b = call.problem.b();
         let victim = call.cache_seqlens().iter().position(|n| *n > 100).expect("a long request");
@@ -184,7 +178,7 @@ fn bad_tables_and_lengths_mark_their_request_only() {
                 "{} victim {victim}: {error}",
                 call.name
             );
-            assert_eq!(schedule.poll(), None, "reported once");
+            assert!(!B::has_failed(&schedule), "reported once");
             results.read();
             let expected = call.expected.as_ref().expect("expected values");
             let (out, lse) = (results.host.out.to_f64(), results.host.lse.to_f64());
