@@ -113,7 +113,10 @@ fn load_values(at: u32, pitch: u32) -> MatrixB { return coopLoadT<MatrixB>(&ckv[
 fn load_tail(at: u32) -> MatrixB { return coopLoadT<MatrixB>(&tail[at], 16u); }
 fn store_share(m: MatrixC, at: u32, pitch: u32) { coopStoreT(m, &shares[at], pitch); }
 fn load_share(at: u32) -> MatrixC { return coopLoadT<MatrixC>(&shares[at], 16u); }
-fn store_accumulators(m: MatrixC, at: u32) { coopStoreT(m, &workspace[at], params.head_dim_v); }
+fn store_accumulators(m: MatrixC, at: u32) {
+    let pitch = params.head_dim_v;              // naga 30 needs what is stored with to have been computed before
+    coopStoreT(m, &workspace[at], pitch);
+}
 //#endif
 
 // Where a group of 16 tokens lies: offsets of its first token, or NOWHERE.

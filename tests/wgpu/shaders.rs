@@ -49,7 +49,16 @@ fn every_variant_is_valid_and_keeps_to_its_limits() {
                 let what = format!("{kernel:?} {path:?} {dtype}");
                 let module = module(kernel, path, dtype);
                 let validated = Validator::new(ValidationFlags::all(), capabilities(path)).validate(&module);
-                validated.unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                let info = validated.unwrap_or_else(|e| panic!("{what}: {e:?}"));
+                // What a driver would be given. naga refuses here what it has no code for.
+                let options = naga::back::spv::Options { lang_version: (1, 4), ..Default::default() };
+                let spirv = naga::back::spv::write_vec(&module, &info, &options, None);
+                let spirv = spirv.unwrap_or_else(|e| panic!("{what}: {e}"));
+                if let Some(folder) = std::env::var_os("POLYMLA_SPIRV_DIR") {
+                    let file = format!("{}-{}-{dtype}.spv", kernel.name(), path.name());
+                    std::fs::write(std::path::Path::new(&folder).join(file), bytemuck::cast_slice::<u32, u8>(&spirv))
+                        .expect("the folder can be written");
+                }
                 let entry = &module.entry_points[0];
                 assert_eq!((module.entry_points.len(), entry.name.as_str()), (1, kernel.name()), "{what}");
 
