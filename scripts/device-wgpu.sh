@@ -66,17 +66,15 @@ run() {
     export POLYMLA_REQUIRE=wgpu RUST_BACKTRACE=0
     "$carry/polymla" info 2>&1 | grep -A1 '^wgpu ' || true
     step golden 40 "$carry/polymla" conformance --backend wgpu tests/golden
-    step matrix 40 "$carry/wgpu-tests" --test-threads 4 limits::matrix_paths_are_right limits::every_path_is_right
+    step paths 40 "$carry/wgpu-tests" --exact limits::every_path_is_right
+    step matrix 40 "$carry/wgpu-tests" --exact limits::matrix_paths_are_right
     local large=(128,1,128,4096 128,2,128,4096 128,1,16,4096 128,1,16,16384 128,1,64,4096)
     local small=(1,1,128,8192 1,1,16,8192 8,1,128,4096 32,1,64,8192)
     bench f16 40 f16 "${large[@]}" "${small[@]}"
     bench bf16 40 bf16 "${large[@]}" "${small[@]}"
+    POLYMLA_WGPU_PATH=matrix bench f16-matrix 20 f16 "${large[@]}"
+    POLYMLA_WGPU_PATH=matrix64 bench f16-matrix64 20 f16 "${large[@]}"
     local n folder
-    for n in 132 264 1056; do
-        POLYMLA_WGPU_WORKGROUPS=$n bench "f16-$n-workgroups" 20 f16 128,1,128,4096 128,1,16,4096
-    done
-    POLYMLA_WGPU_PATH=matrix bench f16-32-rows 20 f16 128,1,128,4096 128,1,64,4096
-    POLYMLA_WGPU_PATH=f16 bench f16-no-matrices 20 f16 128,1,128,4096 128,1,16,4096
     for folder in "$carry"/shaders-*; do
         [ -d "$folder" ] || continue
         n=$(basename "$folder")

@@ -176,7 +176,8 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
-    var sum_$m_$c = MatrixC();
+    var sum_$m_$c: MatrixC;
+    sum_$m_$c = MatrixC();              // stored, not left to the variable's initial value
 //#endfor
 //#endfor
     var top = LOWEST;                   // the row's reference, in powers of two

@@ -47,8 +47,8 @@ use crate::workspace::Workspace;
 /// The backend's name.
 pub const NAME: &str = "wgpu";
 
-/// Names the path of the decode kernel: `plain`, `subgroups`, `f16`, `matrix`, `matrix64`; the best that the device has
-/// otherwise.
+/// Names the path of the decode kernel: `plain`, `subgroups`, `f16`, `matrix`, `matrix64`; the best proven one that the
+/// device has otherwise.
 pub const PATH_VARIABLE: &str = "POLYMLA_WGPU_PATH";
 
 /// Names the number of workgroups that fill the device, which wgpu does not tell.
@@ -245,13 +245,15 @@ impl WgpuBackend {
             && limits.max_compute_invocations_per_workgroup >= invocations
     }
 
-    /// The path that a problem takes: the one asked for, or the best that the device has; a plainer one where that does
-    /// not exist for the problem. Tensors whose rows begin anywhere take [`Path::NativeF16`] instead of matrices.
+    /// The path that a problem takes: the one asked for, or the best proven one that the device has; a plainer one where
+    /// that does not exist for the problem. Tensors whose rows begin anywhere take [`Path::NativeF16`] instead of
+    /// matrices.
+    ///
+    /// Matrices are only taken where they are asked for: the path is right when emulated, but returned NaN on the one
+    /// device with such matrices that it ran on (docs/wgsl.md).
     pub fn path(&self, problem: &Problem) -> Path {
         let wanted = self.forced.unwrap_or_else(|| {
-            let tall = problem.s_q() * problem.heads_per_kv() > 32;
-            let matrix = if tall { Path::Matrix64 } else { Path::Matrix };
-            let order = [matrix, Path::NativeF16, Path::Subgroups];
+            let order = [Path::NativeF16, Path::Subgroups];
             order.into_iter().find(|p| self.has(*p) && p.takes(problem.dtype())).unwrap_or(Path::Plain)
         });
         match wanted {
