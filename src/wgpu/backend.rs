@@ -1,0 +1,381 @@
+//! The backend: which path a problem takes, and the trait.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::context::Context;
+use super::memory::{self, WgpuBuffer};
+use super::pipelines::{Pipeline, Pipelines};
+use super::plan::WgpuSchedule;
+use super::run::{self, Kernels, Scratch};
+use super::shaders::{Kernel, Path};
+use super::timing::Clock;
+use super::{NAME, PATH_VARIABLE, WORKGROUPS_VARIABLE, chunks, refusal, supports};
+use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
+use crate::call::{Inputs, Outputs};
+use crate::error::{MlaError, Result};
+use crate::problem::Problem;
+use crate::schedule::{PartMetadata, ScheduleOptions};
+use crate::tensor::{DType, Device, TensorView, TensorViewMut};
+use crate::workspace::Workspace;
+
+/// The most scratch memory asked for where less would do in several chunks.
+const WORKSPACE_BYTES: u64 = 1 << 30;
+
+/// Whether the sizes of a problem are multiples of a matrix's 16.
+fn suits_matrices(p: &Problem) -> bool {
+    [p.head_dim_k(), p.head_dim_v(), p.heads_per_kv(), p.page_size()].iter().all(|n| n.is_multiple_of(16))
+}
+
+/// MLA decoding by WGSL kernels.
+pub struct WgpuBackend {
+    context: Context,
+    info: BackendInfo,
+    pipelines: Pipelines,
+    /// The path that was asked for, which is then the only one taken.
+    forced: Option<Path>,
+    /// Workgroups that fill the device.
+    workgroups: usize,
+    /// Bound where a kernel declares a tensor that a call does not have.
+    dummy: ::wgpu::Buffer,
+    clock: Clock,
+}
+
+impl WgpuBackend {
+    /// Opens the best adapter of this machine.
+    ///
+    /// # Errors
+    /// [`MlaError::Absent`] with the reason; [`MlaError::Environment`].
+    pub fn new() -> Result<WgpuBackend> {
+        let named = std::env::var(PATH_VARIABLE).unwrap_or_default();
+        let forced = Path::ALL.into_iter().find(|path| path.name() == named);
+        if forced.is_none() && !named.is_empty() {
+            let limit = Path::ALL.map(Path::name).join(", ");
+            return Err(MlaError::Environment { param: PATH_VARIABLE, value: named, limit });
+        }
+        let backend = Self::on(Context::open()?, None)?;
+        match forced {
+            Some(path) => backend.with_path(path),
+            None => Ok(backend),
+        }
+    }
+
+    /// Opens the best adapter of this machine with the features and limits that every WebGPU implementation grants, as
+    /// a browser would.
+    ///
+    /// # Errors
+    /// [`MlaError::Absent`] with the reason.
+    pub fn web_default() -> Result<WgpuBackend> {
+        Self::on(Context::open_web_default()?, None)
+    }
+
+    /// A backend over a device of the caller's, who keeps its callbacks. Paths are chosen from the features that the
+    /// device was opened with.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`].
+    pub fn from_device(
+        adapter: ::wgpu::AdapterInfo,
+        device: ::wgpu::Device,
+        queue: ::wgpu::Queue,
+    ) -> Result<WgpuBackend> {
+        Self::on(Context::new(adapter, device, queue), None)
+    }
+
+    /// The same backend, taking one path only.
+    ///
+    /// # Errors
+    /// [`MlaError::Unsupported`] where the device lacks what the path needs.
+    pub fn with_path(self, path: Path) -> Result<WgpuBackend> {
+        if !self.has(path) {
+            let limit = Path::ALL.into_iter().filter(|p| self.has(*p)).map(Path::name).collect::<Vec<_>>().join(", ");
+            return Err(refusal("path", path.name().into(), limit).into());
+        }
+        Self::on(self.context, Some(path))
+    }
+
+    fn on(context: Context, forced: Option<Path>) -> Result<WgpuBackend> {
+        let dummy = context.buffer(256, memory::USAGE)?;
+        let named = std::env::var(WORKGROUPS_VARIABLE).unwrap_or_default();
+        let workgroups = match named.parse() {
+            Ok(n) if (1..=65_535).contains(&n) => n,
+            _ if !named.is_empty() => {
+                let limit = "1 to 65535".into();
+                return Err(MlaError::Environment { param: WORKGROUPS_VARIABLE, value: named, limit });
+            }
+            // Workgroups beyond what runs at once cost little: each is long, and the last ones even out.
+            _ => match context.adapter.device_type {
+                ::wgpu::DeviceType::Cpu => 8,
+                ::wgpu::DeviceType::DiscreteGpu => 528,
+                _ => 128,
+            },
+        };
+        let mut backend = WgpuBackend {
+            info: BackendInfo {
+                name: NAME,
+                device_name: String::new(),
+                device: Device::Accelerator { platform: NAME, ordinal: 0 },
+                // A software adapter runs the kernels on this machine's CPU.
+                evidence: match context.adapter.device_type {
+                    ::wgpu::DeviceType::Cpu => Evidence::T3,
+                    _ => Evidence::T5,
+                },
+            },
+            context,
+            pipelines: Pipelines::default(),
+            forced,
+            workgroups,
+            dummy,
+            clock: Clock::default(),
+        };
+        let adapter = &backend.context.adapter;
+        let paths = Path::ALL.into_iter().filter(|p| match backend.forced {
+            Some(forced) => forced == *p,
+            None => backend.has(*p) && !matches!(p, Path::EmulatedMatrix | Path::EmulatedMatrix64),
+        });
+        backend.info.device_name = format!(
+            "{} ({:?}, {}), paths {}",
+            adapter.name,
+            adapter.backend,
+            adapter.driver_info,
+            paths.map(Path::name).collect::<Vec<_>>().join(" ")
+        );
+        Ok(backend)
+    }
+
+    /// The device.
+    pub fn device(&self) -> &::wgpu::Device {
+        &self.context.device
+    }
+    /// The queue that work is enqueued on.
+    pub fn queue(&self) -> &::wgpu::Queue {
+        &self.context.queue
+    }
+
+    /// Whether the device has what a path needs.
+    pub fn has(&self, path: Path) -> bool {
+        let (features, adapter) = (self.context.features, &self.context.adapter);
+        // A row's 8 lanes must be in one subgroup.
+        let subgroups = features.contains(::wgpu::Features::SUBGROUP) && adapter.subgroup_min_size >= 8;
+        match path {
+            Path::Plain => true,
+            Path::Subgroups => subgroups,
+            Path::NativeF16 => subgroups && features.contains(::wgpu::Features::SHADER_F16),
+            Path::Matrix | Path::Matrix64 => {
+                let one_size = (adapter.subgroup_min_size, adapter.subgroup_max_size) == (32, 32);
+                one_size && self.context.matrices && self.has(Path::NativeF16) && self.has_room(44 << 10, 256)
+            }
+            Path::EmulatedMatrix | Path::EmulatedMatrix64 => self.has(Path::NativeF16) && self.has_room(24 << 10, 128),
+        }
+    }
+
+    /// Whether a workgroup may be as large as the matrix paths' are.
+    fn has_room(&self, shared: u32, invocations: u32) -> bool {
+        let limits = &self.context.limits;
+        limits.max_compute_workgroup_storage_size >= shared
+            && limits.max_compute_invocations_per_workgroup >= invocations
+    }
+
+    /// The path that a problem takes: the one asked for, or the best proven one that the device has; a plainer one where
+    /// that does not exist for the problem. Tensors whose rows begin anywhere take [`Path::NativeF16`] instead of
+    /// matrices.
+    ///
+    /// Matrices are only taken where they are asked for: the path is right when emulated, but returned NaN on the one
+    /// device with such matrices that it ran on (docs/wgsl.md).
+    pub fn path(&self, problem: &Problem) -> Path {
+        let wanted = self.forced.unwrap_or_else(|| {
+            let order = [Path::NativeF16, Path::Subgroups];
+            order.into_iter().find(|p| self.has(*p) && p.takes(problem.dtype())).unwrap_or(Path::Plain)
+        });
+        match wanted {
+            _ if !wanted.takes(problem.dtype()) && self.has(Path::Subgroups) => Path::Subgroups,
+            _ if !wanted.takes(problem.dtype()) => Path::Plain,
+            _ if wanted.is_matrix() && !suits_matrices(problem) => Path::NativeF16,
+            _ => wanted,
+        }
+    }
+
+    /// Parts that fill the device.
+    fn default_parts(&self, row_tiles: u64, slices: usize) -> usize {
+        self.workgroups / (row_tiles as usize * slices).max(1)
+    }
+
+    fn kernel(&self, kernel: Kernel, path: Path, dtype: DType) -> Result<Arc<Pipeline>> {
+        // The small kernels have one path, and the first two do not know the element type.
+        let (path, dtype) = match kernel {
+            Kernel::Schedule => (Path::Plain, DType::F32),
+            Kernel::Prepare => (path, DType::F32),
+            Kernel::Combine | Kernel::Decode => (path, dtype),
+        };
+        self.pipelines.get(&self.context, kernel, path, dtype)
+    }
+
+    /// Waits for the device and copies a plan to the host: `tile_scheduler_metadata` and `num_splits`.
+    ///
+    /// # Errors
+    /// [`MlaError::Platform`].
+    pub fn plan(&self, schedule: &WgpuSchedule) -> Result<(Vec<PartMetadata>, Vec<i32>)> {
+        schedule.to_host(&self.context)
+    }
+}
+
+impl MlaBackend for WgpuBackend {
+    type Buffer = WgpuBuffer;
+    type Schedule = WgpuSchedule;
+    type Stream = ();
+
+    fn info(&self) -> &BackendInfo {
+        &self.info
+    }
+
+    fn supports(&self, problem: &Problem) -> std::result::Result<(), Unsupported> {
+        supports(problem)
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<WgpuBuffer> {
+        self.context.alloc(bytes)
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Result<WgpuBuffer> {
+        let buffer = self.alloc(bytes.len())?;
+        self.context.write(&buffer.buffer, bytes)?;
+        Ok(buffer)
+    }
+
+    fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<WgpuBuffer> {
+        let buffer = self.alloc(bytes)?;
+        self.context.fill(&buffer, &tile[..tile.len().min(bytes)])?;
+        Ok(buffer)
+    }
+
+    fn download(&self, buffer: &WgpuBuffer, bytes: &mut [u8]) -> Result<()> {
+        if bytes.len() > buffer.bytes() {
+            let (value, limit) = (bytes.len() as u64, buffer.bytes() as u64);
+            return Err(MlaError::StrideOverrun { param: "buffer", value, limit });
+        }
+        self.context.read(&buffer.buffer, 0, bytes)
+    }
+
+    fn view<'a>(&self, param: &'static str, buffer: &'a WgpuBuffer, like: &TensorView<'_>) -> Result<TensorView<'a>> {
+        let (bytes, device) = (buffer.bytes() as u64, self.info.device);
+        TensorView::from_object(param, &buffer.buffer, 0, bytes, like.dtype(), like.shape(), like.strides(), device)
+    }
+
+    fn view_mut<'a>(
+        &self,
+        param: &'static str,
+        buffer: &'a mut WgpuBuffer,
+        like: &TensorView<'_>,
+    ) -> Result<TensorViewMut<'a>> {
+        let (bytes, device) = (buffer.bytes() as u64, self.info.device);
+        TensorViewMut::from_object(param, &buffer.buffer, 0, bytes, like.dtype(), like.shape(), like.strides(), device)
+    }
+
+    fn workspace<'a>(&self, buffer: &'a mut WgpuBuffer) -> Workspace<'a> {
+        Workspace::from_object(&buffer.buffer, 0, buffer.bytes(), self.info.device)
+    }
+
+    fn schedule(
+        &self,
+        problem: &Problem,
+        options: &ScheduleOptions,
+        inputs: &Inputs<'_>,
+        _stream: (),
+    ) -> Result<WgpuSchedule> {
+        MlaBackend::supports(self, problem)?;
+        inputs.validate(problem, self.info.device)?;
+        let (path, dtype) = (self.path(problem), problem.dtype());
+        // Kernels are compiled here, so that `run` finds them in place.
+        let otherwise = path.is_matrix() && !run::rows_suit_matrices(inputs);
+        for kernel in [Kernel::Prepare, Kernel::Decode, Kernel::Combine] {
+            self.kernel(kernel, if otherwise { Path::NativeF16 } else { path }, dtype)?;
+        }
+        let rows_per_kv = problem.s_q() * problem.heads_per_kv();
+        let row_tiles = (problem.h_kv() * rows_per_kv.div_ceil(path.rows())) as u64;
+        let parts = self.default_parts(row_tiles, problem.head_dim_v().div_ceil(path.columns()));
+        let schedule = WgpuSchedule::new(&self.context, problem, options, parts)?;
+        let kernel = self.kernel(Kernel::Schedule, path, dtype)?;
+        schedule.enqueue(&self.context, &kernel, problem, &inputs.cache_seqlens, &self.dummy)?;
+        Ok(schedule)
+    }
+
+    fn workspace_bytes(&self, problem: &Problem, schedule: &WgpuSchedule) -> usize {
+        let shape = schedule.sizes(problem, self.path(problem).rows());
+        // Of a cache without gaps: one with gaps may have more windows, and then goes in smaller chunks.
+        let (size, limit) = (problem.dtype().size() as u64, self.context.binding_bytes());
+        let page = problem.page_size() as u64 * problem.h_kv() as u64 * problem.head_dim_k() as u64 * size;
+        let windows = (problem.num_pages() as u64).div_ceil((limit / page.max(1)).max(1)).max(1);
+        let chunk = shape.chunk(shape.requests, windows, limit.min(WORKSPACE_BYTES));
+        let chunk = chunk.unwrap_or(chunks::Chunk { requests: 1, row_tiles: 1 });
+        usize::try_from(shape.layout(chunk, windows).words.saturating_mul(4)).unwrap_or(usize::MAX)
+    }
+
+    fn run(
+        &self,
+        problem: &Problem,
+        schedule: &WgpuSchedule,
+        workspace: &mut Workspace<'_>,
+        inputs: &Inputs<'_>,
+        outputs: &mut Outputs<'_>,
+        _stream: (),
+    ) -> Result<()> {
+        let device = self.info.device;
+        MlaBackend::supports(self, problem)?;
+        inputs.validate(problem, device)?;
+        outputs.validate(problem, inputs, device)?;
+        schedule.check(problem)?;
+        let needed = self.workspace_bytes(problem, schedule);
+        if workspace.bytes() < needed {
+            return Err(MlaError::WorkspaceTooSmall { value: workspace.bytes(), limit: needed });
+        }
+        let wrong = MlaError::WrongDevice { param: "workspace", value: workspace.device(), limit: device };
+        let (object, offset) = workspace.object().filter(|_| workspace.device() == device).ok_or(wrong)?;
+        let Some(buffer) = object.downcast_ref::<::wgpu::Buffer>() else {
+            return Err(refusal("workspace", "an object of another kind".into(), "a wgpu::Buffer").into());
+        };
+        let align = u64::from(self.context.limits.min_storage_buffer_offset_alignment);
+        if !offset.is_multiple_of(align) {
+            return Err(MlaError::Alignment { param: "workspace", value: offset, limit: align as usize });
+        }
+        let bytes = workspace.bytes() as u64;
+        if offset.saturating_add(bytes) > buffer.size() {
+            let (value, limit) = (offset.saturating_add(bytes), buffer.size());
+            return Err(MlaError::StrideOverrun { param: "workspace", value, limit });
+        }
+        if problem.rows() == 0 {
+            return Ok(());
+        }
+        let (mut path, dtype) = (self.path(problem), problem.dtype());
+        if path.is_matrix() && !run::rows_suit_matrices(inputs) {
+            path = Path::NativeF16;
+        }
+        let [prepare, decode, combine] = [Kernel::Prepare, Kernel::Decode, Kernel::Combine];
+        let kernels = Kernels {
+            prepare: &*self.kernel(prepare, path, dtype)?,
+            decode: &*self.kernel(decode, path, dtype)?,
+            combine: &*self.kernel(combine, path, dtype)?,
+            columns: path.columns(),
+        };
+        let shape = schedule.sizes(problem, path.rows());
+        let scratch = Scratch { buffer, offset, bytes };
+        run::run(&self.context, &kernels, schedule, &shape, problem, inputs, outputs, scratch, &self.dummy)
+    }
+
+    fn finish(&self, schedule: &WgpuSchedule, _stream: ()) -> Result<()> {
+        schedule.take_verdict(&self.context)
+    }
+
+    fn elapsed(&self, schedule: &WgpuSchedule, stream: (), work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
+        self.clock.elapsed(&self.context, work, &|| self.finish(schedule, stream))
+    }
+
+    fn flush_caches(&self, _stream: ()) -> Result<()> {
+        self.clock.flush_caches(&self.context)
+    }
+}
+
+impl std::fmt::Debug for WgpuBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.info.name, self.info.device_name)
+    }
+}
