@@ -13,6 +13,11 @@ fn q_nope_at(i: u32) -> f32 { return q_nope[i]; }
 fn q_pe_at(i: u32) -> f32 { return q_pe[i]; }
 fn ckv_at(i: u32) -> f32 { return ckv[i]; }
 fn kpe_at(i: u32) -> f32 { return kpe[i]; }
+
+fn q_nope_pair(i: u32) -> vec2<f32> { return vec2<f32>(q_nope[i], q_nope[i + 1u]); }
+fn q_pe_pair(i: u32) -> vec2<f32> { return vec2<f32>(q_pe[i], q_pe[i + 1u]); }
+fn ckv_pair(i: u32) -> vec2<f32> { return vec2<f32>(ckv[i], ckv[i + 1u]); }
+fn kpe_pair(i: u32) -> vec2<f32> { return vec2<f32>(kpe[i], kpe[i + 1u]); }
 //#elif NATIVE_F16
 @group(0) @binding(1) var<storage, read> q_nope: array<f16>;
 @group(0) @binding(2) var<storage, read> q_pe: array<f16>;
@@ -23,6 +28,11 @@ fn q_nope_at(i: u32) -> f32 { return f32(q_nope[i]); }
 fn q_pe_at(i: u32) -> f32 { return f32(q_pe[i]); }
 fn ckv_at(i: u32) -> f32 { return f32(ckv[i]); }
 fn kpe_at(i: u32) -> f32 { return f32(kpe[i]); }
+
+fn q_nope_pair(i: u32) -> vec2<f32> { return vec2<f32>(vec2<f16>(q_nope[i], q_nope[i + 1u])); }
+fn q_pe_pair(i: u32) -> vec2<f32> { return vec2<f32>(vec2<f16>(q_pe[i], q_pe[i + 1u])); }
+fn ckv_pair(i: u32) -> vec2<f32> { return vec2<f32>(vec2<f16>(ckv[i], ckv[i + 1u])); }
+fn kpe_pair(i: u32) -> vec2<f32> { return vec2<f32>(vec2<f16>(kpe[i], kpe[i + 1u])); }
 //#else
 @group(0) @binding(1) var<storage, read> q_nope: array<u32>;
 @group(0) @binding(2) var<storage, read> q_pe: array<u32>;
@@ -42,4 +52,31 @@ fn q_nope_at(i: u32) -> f32 { return element(q_nope[i >> 1u], i); }
 fn q_pe_at(i: u32) -> f32 { return element(q_pe[i >> 1u], i); }
 fn ckv_at(i: u32) -> f32 { return element(ckv[i >> 1u], i); }
 fn kpe_at(i: u32) -> f32 { return element(kpe[i >> 1u], i); }
+
+// Both elements of a word.
+fn both(word: u32) -> vec2<f32> {
+//#if BF16
+    return vec2<f32>(bitcast<f32>(word << 16u), bitcast<f32>(word & 0xffff0000u));
+//#else
+    return unpack2x16float(word);
+//#endif
+}
+
+// Elements i and i + 1: one word where i is even, as it is in tensors without odd sizes.
+fn q_nope_pair(i: u32) -> vec2<f32> {
+    if (i & 1u) == 0u { return both(q_nope[i >> 1u]); }
+    return vec2<f32>(q_nope_at(i), q_nope_at(i + 1u));
+}
+fn q_pe_pair(i: u32) -> vec2<f32> {
+    if (i & 1u) == 0u { return both(q_pe[i >> 1u]); }
+    return vec2<f32>(q_pe_at(i), q_pe_at(i + 1u));
+}
+fn ckv_pair(i: u32) -> vec2<f32> {
+    if (i & 1u) == 0u { return both(ckv[i >> 1u]); }
+    return vec2<f32>(ckv_at(i), ckv_at(i + 1u));
+}
+fn kpe_pair(i: u32) -> vec2<f32> {
+    if (i & 1u) == 0u { return both(kpe[i >> 1u]); }
+    return vec2<f32>(kpe_at(i), kpe_at(i + 1u));
+}
 //#endif

@@ -6,7 +6,7 @@
 //             2. scores: 64 columns of Q and K at a time through shared memory; invocation (row, lane) has 4 tokens
 //             3. softmax: the row's maximum over its 8 lanes, weights to shared memory, and the factor for what was
 //                added up before the maximum rose
-//             4. out += weights x V: invocation t has columns t, t + 128, .. of all 16 rows in registers
+//             4. out += weights x V: invocation t has columns 2t, 2t + 1, 2t + 256, 2t + 257 of all 16 rows in registers
 
 const THREADS: u32 = 128;
 const TOKENS: u32 = 32;
@@ -27,15 +27,23 @@ var<workgroup> kpe_tokens: array<u32, 32>;
 
 // Four columns of query row `r`, of which those beyond head_dim_k are 0.
 fn load_q(r: u32, column: u32) -> vec4<f32> {
-    var v = vec4<f32>(0.0);
-    if q_nope_rows[r] != NOWHERE {
-        for (var i = 0u; i < 4u; i += 1u) {
-            let c = column + i;
-            if c < params.head_dim_v {
-                v[i] = q_nope_at(q_nope_rows[r] + c);
-            } else if c < params.head_dim_k {
-                v[i] = q_pe_at(q_pe_rows[r] + c - params.head_dim_v);
-            }
+    let nope = q_nope_rows[r];
+    let pe = q_pe_rows[r] + column - params.head_dim_v;
+    if nope == NOWHERE {
+        return vec4<f32>(0.0);
+    }
+    if column + 4u <= params.head_dim_v {
+        return vec4<f32>(q_nope_pair(nope + column), q_nope_pair(nope + column + 2u));
+    }
+    if column >= params.head_dim_v && column + 4u <= params.head_dim_k {
+        return vec4<f32>(q_pe_pair(pe), q_pe_pair(pe + 2u));
+    }
+    var v = vec4<f32>(0.0);             // across the end of a part
+    for (var i = 0u; i < 4u; i += 1u) {
+        if column + i < params.head_dim_v {
+            v[i] = q_nope_at(nope + column + i);
+        } else if column + i < params.head_dim_k {
+            v[i] = q_pe_at(pe + i);
         }
     }
     return v;
@@ -43,18 +51,37 @@ fn load_q(r: u32, column: u32) -> vec4<f32> {
 
 // Four columns of key `t` of the step, of which those beyond head_dim_k are 0.
 fn load_k(t: u32, column: u32) -> vec4<f32> {
+    let nope = ckv_tokens[t];
+    let pe = kpe_tokens[t] + column - params.head_dim_v;
+    if nope == NOWHERE {
+        return vec4<f32>(0.0);
+    }
+    if column + 4u <= params.head_dim_v {
+        return vec4<f32>(ckv_pair(nope + column), ckv_pair(nope + column + 2u));
+    }
+    if column >= params.head_dim_v && column + 4u <= params.head_dim_k {
+        return vec4<f32>(kpe_pair(pe), kpe_pair(pe + 2u));
+    }
     var v = vec4<f32>(0.0);
-    if ckv_tokens[t] != NOWHERE {
-        for (var i = 0u; i < 4u; i += 1u) {
-            let c = column + i;
-            if c < params.head_dim_v {
-                v[i] = ckv_at(ckv_tokens[t] + c);
-            } else if c < params.head_dim_k {
-                v[i] = kpe_at(kpe_tokens[t] + c - params.head_dim_v);
-            }
+    for (var i = 0u; i < 4u; i += 1u) {
+        if column + i < params.head_dim_v {
+            v[i] = ckv_at(nope + column + i);
+        } else if column + i < params.head_dim_k {
+            v[i] = kpe_at(pe + i);
         }
     }
     return v;
+}
+
+// Two columns of V of the key at offset `key`, of which those beyond head_dim_v are 0.
+fn load_v(key: u32, column: u32) -> vec2<f32> {
+    if column + 2u <= params.head_dim_v {
+        return ckv_pair(key + column);
+    }
+    if column < params.head_dim_v {
+        return vec2<f32>(ckv_at(key + column), 0.0);
+    }
+    return vec2<f32>(0.0);
 }
 
 // The largest value of the 8 lanes that share a row. `thread` is row * LANES + lane.
@@ -81,7 +108,7 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     let lane = thread % LANES;
     let kv_head = row_of(tile, 0u).kv_head;
     let table_row = params.block_table.x + request * params.block_table.y;
-    let column = slice * COLUMNS + thread;
+    let column = slice * COLUMNS + thread * 2u;
 
     var accumulators: array<vec4<f32>, 16>;
     for (var r = 0u; r < ROWS; r += 1u) {
@@ -167,12 +194,7 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
             if key == NOWHERE {
                 continue;               // what lies there may be anything, and 0 x NaN is NaN
             }
-            var v = vec4<f32>(0.0);
-            for (var i = 0u; i < 4u; i += 1u) {
-                if column + i * THREADS < params.head_dim_v {
-                    v[i] = ckv_at(key + column + i * THREADS);
-                }
-            }
+            let v = vec4<f32>(load_v(key, column), load_v(key, column + COLUMNS / 2u));
             for (var r = 0u; r < ROWS; r += 1u) {
                 accumulators[r] += weights[t * ROWS + r] * v;
             }
@@ -194,8 +216,9 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     for (var r = 0u; r < ROWS; r += 1u) {
         let at = params.accumulators_at + (partial_row + r) * params.head_dim_v;
         for (var i = 0u; i < 4u; i += 1u) {
-            if column + i * THREADS < params.head_dim_v {
-                workspace[at + column + i * THREADS] = accumulators[r][i];
+            let c = column + i % 2u + i / 2u * (COLUMNS / 2u);
+            if c < params.head_dim_v {
+                workspace[at + c] = accumulators[r][i];
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Buffers, and where in them tensors lie.
 
 use std::sync::mpsc;
+use std::time::Duration;
 
 use super::context::{Context, platform};
 use crate::error::{MlaError, Result};
@@ -26,6 +27,9 @@ impl WgpuBuffer {
 /// What tensors and scratch memory are used as. A caller's buffers need `STORAGE`.
 pub(super) const USAGE: ::wgpu::BufferUsages =
     ::wgpu::BufferUsages::STORAGE.union(::wgpu::BufferUsages::COPY_SRC).union(::wgpu::BufferUsages::COPY_DST);
+
+/// How long a callback whose work is done may take to come. It comes at once; a driver that forgets it must not hang us.
+const CALLBACK: Duration = Duration::from_secs(30);
 
 /// Bytes copied between host and device at a time.
 const PIECE: usize = 64 << 20;
@@ -107,7 +111,8 @@ impl Context {
                 });
             })?;
             self.wait("poll")?;
-            let mapped = receiver.try_recv().map_err(|e| platform("map_async", e.to_string()))?;
+            // Another thread's poll may have taken the callback, and be about to call it.
+            let mapped = receiver.recv_timeout(CALLBACK).map_err(|e| platform("map_async", e.to_string()))?;
             mapped.map_err(|e| platform("map_async", e.to_string()))?;
             {
                 let view =

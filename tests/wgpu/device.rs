@@ -366,3 +366,22 @@ fn tensors_may_begin_anywhere_in_a_buffer() {
         assert_eq!(lse, want_lse);
     }
 }
+
+/// One backend from many threads: wgpu calls back on whichever thread polls.
+#[test]
+fn threads_may_share_a_backend() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    let options = ScheduleOptions { num_sm_parts: Some(2), policy: SplitPolicy::BATCH_INVARIANT };
+    let (_, want_out, want_lse) = Tensors::new(&backend, &[200, 40, 256], &TABLE, None).run(&options);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..40 {
+                    let (verdict, out, lse) = Tensors::new(&backend, &[200, 40, 256], &TABLE, None).run(&options);
+                    assert_eq!(verdict, Ok(()));
+                    assert!(out == want_out && lse == want_lse);
+                }
+            });
+        }
+    });
+}
