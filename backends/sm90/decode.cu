@@ -21,63 +21,112 @@
 
 namespace polymla {
 
+// Has one line of the parameters brought into the constant cache. A miss later, behind the first burst of
+// KV loads, costs two microseconds; there were several.
+PM_DEV void touch(const DecodeParams& p, u32 warp) {
+    switch (warp % 6) {
+        case 0: asm volatile("" ::"l"(p.q_nope_stride_b)); break;
+        case 1: asm volatile("" ::"l"(p.ckv)); break;
+        case 2: asm volatile("" ::"l"(p.block_table)); break;
+        case 3: asm volatile("" ::"l"(p.out_stride_s)); break;
+        case 4: asm volatile("" ::"l"(p.partial_out), "r"(p.s_q)); break;
+        case 5: asm volatile("" ::"f"(p.scale_log2)); break;
+    }
+}
+
 template <class Elem, bool ROPE, bool GATHER>
-PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const TensorMap* map_kpe) {
+PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const TensorMap* map_kpe, const TensorMap* map_q,
+                   const TensorMap* map_q_pe) {
     extern __shared__ __align__(1024) char smem_raw[];
     const u32 smem = smem_addr(smem_raw);
     const u32 warp = threadIdx.x / 32;
+    const bool paired = cluster_size() == 2;
 
     PM_TIME(0);
     PM_MARK(0, 0, 10);
-    if (threadIdx.x == 128) {
-        if (!GATHER) {
-            tma_prefetch_map(map_ckv);
-            if (ROPE) tma_prefetch_map(map_kpe);
-        }
+    if (threadIdx.x == 0) {
         for (u32 i = 0; i < STAGES; ++i) {
-            mbar_init(smem + Smem::full_l + i * 8, GATHER ? 128 : 1);
-            mbar_init(smem + Smem::full_r + i * 8, GATHER ? 128 : 1);
+            mbar_init(smem + Smem::full + i * 8, GATHER ? 32 : 1);
+            mbar_init(smem + Smem::full + (STAGES + i) * 8, GATHER ? 32 : 1);
+            mbar_init(smem + Smem::empty + i * 8, paired ? 8 : 4);
+            mbar_init(smem + Smem::empty + (STAGES + i) * 8, paired ? 16 : 8);
         }
-        mbar_init(smem + Smem::full_rope, GATHER ? 128 : 1);
-        mbar_init(smem + Smem::done_rope, 4);
-        mbar_init(smem + Smem::done_half, 4);
-        mbar_init(smem + Smem::done_half + 8, 4);
-        for (u32 i = 0; i < P_BUFS; ++i) {
+        mbar_init(smem + Smem::full_q, GATHER ? 32 : 1);
+        mbar_init(smem + Smem::done_q, 4);
+        for (u32 i = 0; i < 2; ++i) {
+            mbar_init(smem + Smem::full_tail + i * 8, GATHER ? 32 : 1);
+            mbar_init(smem + Smem::empty_tail + i * 8, 8);
             mbar_init(smem + Smem::p_full + i * 8, 4);
-            mbar_init(smem + Smem::p_empty + i * 8, 8);
             mbar_init(smem + Smem::gate + i * 8, 1);
         }
+        st_shared(smem + Smem::seg_ready, 0);
+        st_shared(smem + Smem::seg_free, 0);
         mbar_init_fence();
     }
-    pdl_wait();
-    if (warp == 0) {
-        walk_start(p, smem);
-        for (u32 seg = 0; seg < 3; ++seg) walk_step<Elem>(p, smem, seg);
-    } else {
-        prefetch_first(p, threadIdx.x - 32);
+    if (!GATHER && threadIdx.x == 32) {
+        tma_prefetch_map(map_ckv);
+        tma_prefetch_map(map_q);
+        if (ROPE) {
+            tma_prefetch_map(map_kpe);
+            tma_prefetch_map(map_q_pe);
+        }
     }
-    PM_MARK(0, 0, 11);
-    __syncthreads();
+    touch(p, warp);
+    if (paired)
+        cluster_sync();     // the peer's barriers are there before anyone arrives on them
+    else
+        __syncthreads();
+    pdl_wait();
     pdl_launch_dependents();
     PM_MARK(0, 0, 12);
 
     if (warp < 4) {
-        reg_inc<184>();
+        reg_inc<168>();
         QkWarpgroup<Elem, ROPE, GATHER>::run(p, smem);
+    } else if (warp < 12) {
+        reg_inc<160>();
+        PvWarpgroup<Elem, ROPE, GATHER>::run(p, smem, warp / 4 - 1);
     } else {
-        reg_dec<160>();
-        PvWarpgroup<Elem, ROPE, GATHER>::run(p, map_ckv, map_kpe, smem, warp / 4 - 1);
+        reg_dec<24>();
+        if (warp == 14) prefetch_table(p);
+        // Lengths are a part's second trip to memory; bring the first ones closer during its first.
+        if (warp == 13 && threadIdx.x % 32 * 32 < u32(p.b)) prefetch_l2(p.cache_seqlens + threadIdx.x % 32 * 32);
+        if (warp == 15) {
+            if (threadIdx.x % 32 == 0) walk(p, smem);
+        } else if (GATHER) {
+            if (warp == 14)
+                GatherLoader<ROPE>::run_late(p, smem);
+            else
+                GatherLoader<ROPE>::run_side(p, smem, warp - 12);
+        } else if (warp == 14) {
+            LateLoader<ROPE>::run(p, map_ckv, map_q, map_q_pe, smem);
+        } else if (paired) {
+            if (warp == 12)
+                SideLoader<ROPE, 0, true>::run(p, map_ckv, map_kpe, map_q, smem);
+            else
+                SideLoader<ROPE, 1, true>::run(p, map_ckv, map_kpe, map_q, smem);
+        } else {
+            if (warp == 12)
+                SideLoader<ROPE, 0, false>::run(p, map_ckv, map_kpe, map_q, smem);
+            else
+                SideLoader<ROPE, 1, false>::run(p, map_ckv, map_kpe, map_q, smem);
+        }
     }
     PM_TIME(1);
+    if (paired) {
+        __syncwarp();
+        cluster_sync();     // the peer may still arrive here
+    }
 }
 
 }  // namespace polymla
 
 #define POLYMLA_DECODE(NAME, ELEM, ROPE, GATHER)                                                             \
-    extern "C" __global__ void __launch_bounds__(384, 1)                                                     \
+    extern "C" __global__ void __launch_bounds__(512, 1)                                                     \
         NAME(const __grid_constant__ polymla::DecodeParams p, const __grid_constant__ polymla::TensorMap ckv, \
-             const __grid_constant__ polymla::TensorMap kpe) {                                               \
-        polymla::decode<polymla::ELEM, ROPE, GATHER>(p, &ckv, &kpe);                                         \
+             const __grid_constant__ polymla::TensorMap kpe, const __grid_constant__ polymla::TensorMap q,   \
+             const __grid_constant__ polymla::TensorMap q_pe) {                                              \
+        polymla::decode<polymla::ELEM, ROPE, GATHER>(p, &ckv, &kpe, &q, &q_pe);                              \
     }
 
 // The host compiles one kernel at a time, so that a first start without nvcc compiles only what it needs.

@@ -77,6 +77,8 @@ struct DecodeParams {
     int fixed_split_blocks;     // 0, or the batch-invariant split size in 64-token blocks
     int flags;                  // FLAG_*
     float scale_log2;           // softmax_scale * log2(e); must be finite and > 0
+    u32 heads_magic;            // 2^32 / heads_per_kv + 1, or 0 for one head: row / heads_per_kv by one multiplication
+    int q_box_rows;             // rows of a box of the query maps: min(heads_per_kv, 64), or its largest factor of 8, 16, 32, 64
 };
 
 enum DecodeFlags {
@@ -102,7 +104,7 @@ struct ScheduleParams {
 
 static_assert(sizeof(PartMeta) == 32, "PartMeta is 8 x i32");
 static_assert(sizeof(ScheduleParams) == 64, "ScheduleParams layout");
-static_assert(sizeof(DecodeParams) == 8 * 35 + 4 * 14, "DecodeParams layout");
+static_assert(sizeof(DecodeParams) == 8 * 35 + 4 * 16, "DecodeParams layout");
 static_assert(sizeof(TensorMap) == 128, "TensorMap layout");
 
 }  // namespace polymla

@@ -19,7 +19,7 @@ PM_DEV float exp2_fast(float x) {
 
 // Time stamps for the timeline in docs/sm90-decode.md: one CTA, one thread a warpgroup.
 #ifdef POLYMLA_PROFILE
-__device__ u32 polymla_marks[3][64][16];
+__device__ u32 polymla_marks[7][64][16];
 __device__ u64 polymla_times[1024][2];
 PM_DEV void mark_time(u32 which) {
     if (threadIdx.x == 128 && blockIdx.x == 0 && blockIdx.y == 0)
@@ -27,17 +27,32 @@ PM_DEV void mark_time(u32 which) {
 }
 #define PM_TIME(which) mark_time(which)
 PM_DEV void mark(u32 group, u32 item, u32 event) {
-    if (threadIdx.x % 128 == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 3 && item < 64) {
+    if (threadIdx.x % (threadIdx.x < 384 ? 128 : 32) == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 3 && item < 64) {
         u32 t;
         asm volatile("mov.u32 %0, %%clock;" : "=r"(t)::"memory");
         polymla_marks[group][item][event] = t;
     }
 }
-#define PM_MARK(group, item, event) mark(group, item, event)
+// Few of them: each takes registers, and a spill shows up as microseconds.
+#define PM_MARK(group, item, event)                                                              \
+    if ((group) == 6 || ((group) == 0 && (0xfca1u >> (event) & 1))) mark(group, item, event)
 #else
 #define PM_MARK(group, item, event)
 #define PM_TIME(which)
 #endif
+
+PM_DEV float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The same value, but nothing derived from it is worth keeping: addresses computed from it are computed
+// again where they are used, instead of living (or being spilled) across the main loop.
+PM_DEV u32 opaque(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // ---- mbarrier -------------------------------------------------------------
 
@@ -93,6 +108,47 @@ PM_DEV void mbar_wait(u32 bar, u32 parity) {
     }
 }
 
+// The same address in the shared memory of CTA `rank` of the cluster.
+PM_DEV u32 map_to_rank(u32 addr, u32 rank) {
+    u32 r;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
+    return r;
+}
+
+// Arrives on a barrier of any CTA of the cluster, by an address from map_to_rank. Nothing written is handed over by it,
+// only permission to overwrite what was read: a release at cluster scope would cost a fence of a thousand cycles.
+PM_DEV void mbar_arrive_cluster(u32 addr) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(addr) : "memory");
+}
+
+// ---- clusters, counters in shared memory -----------------------------------
+
+PM_DEV u32 cluster_size() {
+    u32 n;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+    return n;
+}
+PM_DEV u32 cluster_rank() {
+    u32 r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+PM_DEV void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+PM_DEV u32 ld_acquire(u32 addr) {
+    u32 v;
+    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
+    return v;
+}
+PM_DEV void st_release(u32 addr, u32 v) {
+    asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
+}
+PM_DEV void add_release(u32 addr, u32 v) {
+    asm volatile("red.release.cta.shared::cta.add.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
+}
+
 // ---- proxies, named barriers, launch control ----------------------
 
 // Orders this thread's ordinary shared-memory writes before later reads by wgmma or TMA.
@@ -100,6 +156,18 @@ PM_DEV void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;"
 
 PM_DEV void named_barrier(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// As named_barrier, and whether any thread came with `value` set.
+PM_DEV bool barrier_or(u32 id, u32 threads, bool value) {
+    u32 any;
+    asm volatile(
+        "{\n .reg .pred p, q;\n setp.ne.u32 p, %3, 0;\n barrier.cta.red.or.aligned.pred q, %1, %2, p;\n"
+        " selp.u32 %0, 1, 0, q;\n}\n"
+        : "=r"(any)
+        : "r"(id), "r"(threads), "r"(u32(value))
+        : "memory");
+    return any != 0;
 }
 
 PM_DEV void pdl_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -124,32 +192,42 @@ PM_DEV void tma_prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// What createpolicy.fractional.L2::evict_first with fraction 1.0 returns: KV is read once or,
-// by the M tiles of one request, at about the same time.
+// What createpolicy.fractional.L2::evict_first with fraction 1.0 returns, for what a pair of CTAs reads once: 3% at h 128.
+// Memory-bound calls are 2% faster without.
 constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
 
-// Loads one box at (col, token, head, page) of the 4-D kpe map.
-PM_DEV void tma_load_rope(u32 dst, const TensorMap* map, u32 bar, int token, int head, int page) {
+// One box of a 4-D map (kpe, q_pe) to shared memory.
+PM_DEV void tma_load_4d(u32 dst, const TensorMap* map, u32 bar, int c1, int c2, int c3) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(head), "r"(page), "l"(EVICT_FIRST)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(0), "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
 
-// Brings that box into the L2.
-PM_DEV void tma_prefetch_rope(const TensorMap* map, int token, int head, int page) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(0), "r"(token),
-                 "r"(head), "r"(page)
-                 : "memory");
+PM_DEV void tma_multicast_4d(u32 dst, const TensorMap* map, u32 bar, int c1, int c2, int c3, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(0), "r"(c1), "r"(c2), "r"(c3), "h"(mask), "l"(EVICT_FIRST)
+        : "memory");
 }
 
-// Loads one box at (0, token, 64-column group, head, page) of the 5-D ckv map.
-PM_DEV void tma_load_ckv(u32 dst, const TensorMap* map, u32 bar, int token, int group, int head, int page) {
+// One box of a 5-D map (ckv, q_nope) to shared memory.
+PM_DEV void tma_load_5d(u32 dst, const TensorMap* map, u32 bar, int c1, int group, int c3, int c4) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
-        "l"(map), "r"(bar), "r"(0), "r"(token), "r"(group), "r"(head), "r"(page), "l"(EVICT_FIRST)
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(0), "r"(c1), "r"(group), "r"(c3), "r"(c4)
+        : "memory");
+}
+
+// The same into every CTA of the cluster named in `mask`, at the same offset; each one's barrier counts its bytes.
+PM_DEV void tma_multicast_5d(u32 dst, const TensorMap* map, u32 bar, int c1, int group, int c3, int c4, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(0), "r"(c1), "r"(group), "r"(c3), "r"(c4), "h"(mask), "l"(EVICT_FIRST)
         : "memory");
 }
 

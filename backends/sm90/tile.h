@@ -10,56 +10,55 @@ constexpr int TILE_M = 64;        // packed query rows (s_q x heads of one kv he
 constexpr int BLOCK = 64;         // tokens per KV block
 constexpr int DV = 512;           // head_dim_v; columns of the latent part of K
 constexpr int STAGES = 3;         // KV blocks in shared memory
-constexpr int P_BUFS = 2;
 
 // A sub-tile is 64 rows x 64 16-bit columns, 128 bytes a row, in the 128-byte
 // swizzle that TMA writes and wgmma reads: 16-byte unit u of row r lies at u ^ (r & 7).
 constexpr u32 SUB = 64 * 128;
-constexpr u32 HALF = 4 * SUB;     // 256 columns: what one PV warpgroup reads
-constexpr u32 STAGE_BYTES = 8 * SUB;
+constexpr u32 STAGE_BYTES = 8 * SUB;    // columns 0..448, then the rope columns
+constexpr u32 RIGHT = 4 * SUB;          // within a stage: column 256
+constexpr u32 ROPE_TILE = 7 * SUB;      // within a stage: the rope columns; after Q K^T, P
 
 PM_DEV constexpr u32 swizzle(u32 row, u32 unit) { return row * 128 + ((unit ^ (row & 7)) << 4); }
 
 // Shared-memory offsets from a 1024-byte aligned base.
-constexpr u32 SEGMENTS = 8;       // segment records in flight
+constexpr u32 SEGMENTS = 4;       // segment records in flight
 struct Smem {
     static constexpr u32 kv = 0;                            // [STAGES][8 sub-tiles]
-    static constexpr u32 rope = kv + STAGES * STAGE_BYTES;  // one sub-tile: free again right after Q K^T
-    static constexpr u32 p = rope + SUB;                    // [P_BUFS] sub-tiles
-    static constexpr u32 q_rope = p + P_BUFS * SUB;         // the rope columns of Q
-    static constexpr u32 q_last = q_rope + SUB;             // columns 496..512 of Q, no swizzle, 2 KiB
-    static constexpr u32 scale = q_last + 2048;             // i16 [P_BUFS][64]: exponent of the factor for O
-    static constexpr u32 rescale = scale + P_BUFS * 128;    // i32 [P_BUFS][4]: this warp's rows need `scale`
-    static constexpr u32 limit = rescale + P_BUFS * 16;     // i32 [64]: keys each row of the segment sees
-    static constexpr u32 segment = limit + 256;             // [SEGMENTS] records of 24 bytes
-    static constexpr u32 walk = segment + SEGMENTS * 24;    // schedule walk
-    // Row statistics, maximum then sum, at 2048 * warp in the q_rope tile: written after the
-    // segment's last Q K^T, read before the P buffers are given back for the next Q.
-    static constexpr u32 row_m = q_rope, row_l = q_rope + 64;
-    static constexpr u32 full_l = walk + 48;                // [STAGES] columns 0..256 landed
-    static constexpr u32 full_r = full_l + STAGES * 8;      // [STAGES] columns 256..512
-    static constexpr u32 full_rope = full_r + STAGES * 8;
-    static constexpr u32 p_full = full_rope + 8;            // [P_BUFS]
-    static constexpr u32 p_empty = p_full + P_BUFS * 8;     // [P_BUFS]
-    static constexpr u32 gate = p_empty + P_BUFS * 8;       // [P_BUFS]
-    static constexpr u32 done_rope = gate + P_BUFS * 8;     // the QK warps have read the rope tile
-    static constexpr u32 done_half = done_rope + 8;         // [2] the PV warps have read their half of the stage
-    static constexpr u32 total = done_half + 16;
+    static constexpr u32 tail = kv + STAGES * STAGE_BYTES;  // [2] columns 448..512
+    static constexpr u32 q_rope = tail + 2 * SUB;           // the rope columns of Q
+    static constexpr u32 q_tail = q_rope + SUB;             // columns 448..512 of Q
+    static constexpr u32 q_last = q_tail + SUB;             // columns 432..448 of Q, no swizzle, 2 KiB
+    static constexpr u32 scale = q_last + 2048;             // i8 [2][64]: exponent of the factor for O
+    static constexpr u32 rescale = scale + 128;             // i32 [2][4]: this warp's rows need `scale`
+    static constexpr u32 limit = rescale + 32;              // i32 [64]: keys each row of the segment sees
+    static constexpr u32 inv = limit + 256;                 // f32 [64]: 1 / row sum, at the end of a segment
+    static constexpr u32 segment = inv + 256;               // [SEGMENTS] records of 24 bytes
+    static constexpr u32 part = segment + SEGMENTS * 24;    // the walker's copy of its PartMeta
+    static constexpr u32 seg_ready = part + 32;          // u32: records written
+    static constexpr u32 seg_free = seg_ready + 4;          // u32: records done with, counted once by each PV warp
+    // Barriers. `full`: bytes have landed; `empty`: everyone is done with them.
+    static constexpr u32 full = seg_free + 4;               // [2][STAGES] columns 0..256; 256..448 and rope
+    static constexpr u32 empty = full + 2 * STAGES * 8;     // [2][STAGES] (in both CTAs of a pair)
+    static constexpr u32 full_tail = empty + 2 * STAGES * 8;    // [2]
+    static constexpr u32 empty_tail = full_tail + 16;       // [2] and P V is under way in both halves
+    static constexpr u32 full_q = empty_tail + 16;          // Q's rope and tail tiles
+    static constexpr u32 done_q = full_q + 8;               // the segment's last Q K^T has read them
+    static constexpr u32 p_full = done_q + 8;               // [2] P is in shared memory
+    static constexpr u32 gate = p_full + 16;                // [2] P V may start
+    static constexpr u32 total = gate + 16;
 };
+static_assert(Smem::full % 8 == 0, "mbarriers are 8 bytes");
 static_assert(Smem::total <= 232448, "one CTA has 227 KiB of shared memory");
 
 // Named barriers (0 is __syncthreads).
-enum Barrier { BAR_QK = 1, BAR_TAIL = 2 };
+enum Barrier { BAR_QK = 1, BAR_TAIL = 2 };   // BAR_TAIL + half
 
-// A cursor over the ring: stage index and the parity of its current use.
+// A cursor over the ring of stages, in one register. Q of a segment takes one turn, then each of its KV blocks.
 struct Ring {
-    u32 stage = 0, parity = 0;
-    PM_DEV void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
+    u32 turn = 0;       // 0..2 with parity 0, then 3..5 with parity 1
+    PM_DEV u32 stage() const { return turn < STAGES ? turn : turn - STAGES; }
+    PM_DEV u32 parity() const { return turn >= STAGES; }
+    PM_DEV void advance() { turn = turn == 2 * STAGES - 1 ? 0 : turn + 1; }
 };
 
 // ---- wgmma descriptors, 128-byte swizzle -----------------------------------------
@@ -73,10 +72,10 @@ PM_DEV u64 desc_k_major(u32 addr) {
 PM_DEV u64 desc_q_last(u32 addr) {
     return (u64(256 >> 4) << 32) | (u64(128 >> 4) << 16) | u64((addr & 0x3FFFF) >> 4);
 }
-// N-major (V as it lies, tokens x columns): 64-column groups lie SUB bytes apart,
-// 8-token groups 1024 bytes; a step of 16 tokens is 2048 bytes further.
-PM_DEV u64 desc_n_major(u32 addr) {
-    return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(SUB >> 4) << 16) | u64((addr & 0x3FFFF) >> 4);
+// N-major (V as it lies, tokens x columns): the second 64-column group lies `apart` bytes behind
+// the first, 8-token groups 1024 bytes; a step of 16 tokens is 2048 bytes further.
+PM_DEV u64 desc_n_major(u32 addr, u32 apart) {
+    return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(apart >> 4) << 16) | u64((addr & 0x3FFFF) >> 4);
 }
 
 // ---- 16-bit conversions --------------------------------------------------------------
@@ -95,6 +94,18 @@ PM_DEV u32 pack2<F16>(float lo, float hi) {
     return r;
 }
 
+// The value that pack2 keeps.
+template <class Elem>
+PM_DEV float round_to(float x);
+template <>
+PM_DEV float round_to<Bf16>(float x) { return __uint_as_float(pack2<Bf16>(0.0f, x) & 0xffff0000u); }
+template <>
+PM_DEV float round_to<F16>(float x) {
+    float r;
+    asm("{\n .reg .b16 h;\n cvt.rn.f16.f32 h, %1;\n cvt.f32.f16 %0, h;\n}\n" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // Shared-memory loads and stores by 32-bit address.
 PM_DEV int ld_shared(u32 addr) {
     int v;
@@ -106,24 +117,22 @@ PM_DEV void st_shared(u32 addr, int v) { asm volatile("st.shared.s32 [%0], %1;" 
 PM_DEV void st_shared_f(u32 addr, float v) { st_shared(addr, __float_as_int(v)); }
 
 // ---- segments ------------------------------------------------------------------------
-// A segment is one request's blocks [begin, end) within a part, never empty. They lie as
-// records in shared memory, because no warp has registers to spare for schedule state.
+// A segment is one request's blocks [begin, end) within a part. The walker writes them as records
+// into a ring in shared memory; each role reads what it needs. Without blocks nothing is loaded or multiplied, but
+// results are written.
 // Record: i32 req (-1 ends the part), begin, end, len, slot, bad
 //   len   keys of the request;  slot  where the partial result goes, -1 for a whole request
-//   bad   an invalid table entry was met
+//   bad   the length is invalid, or an invalid table entry was met
 constexpr u32 SEG_BYTES = 24;
 enum SegField { SEG_REQ = 0, SEG_BEGIN = 4, SEG_END = 8, SEG_LEN = 12, SEG_SLOT = 16, SEG_BAD = 20 };
 PM_DEV u32 segment_record(u32 smem, u32 seg) { return smem + Smem::segment + (seg % SEGMENTS) * SEG_BYTES; }
 
-// Moves (seg, blk) to the segment that holds it when blk lies past the end; false past the part's end.
-PM_DEV bool normalise(u32 smem, u32& seg, int& blk) {
-    for (;;) {
-        const u32 rec = segment_record(smem, seg);
-        if (ld_shared(rec + SEG_REQ) < 0) return false;
-        const int end = ld_shared(rec + SEG_END);
-        if (blk < end) return true;
-        blk += ld_shared(segment_record(smem, ++seg) + SEG_BEGIN) - end;
-    }
+PM_DEV bool has_blocks(u32 rec) { return ld_shared(rec + SEG_BEGIN) < ld_shared(rec + SEG_END); }
+
+// Waits for record `seg`; false past the part's last segment.
+PM_DEV bool wait_segment(u32 smem, u32 seg) {
+    while (ld_acquire(smem + Smem::seg_ready) <= seg) {}
+    return ld_shared(segment_record(smem, seg) + SEG_REQ) >= 0;
 }
 
 // ---- partial results -----------------------------------------------------------------------

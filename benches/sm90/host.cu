@@ -24,7 +24,7 @@ namespace {
 #define polymla_decode_f16_d512_gather polymla_decode_bf16_d576_tma
 #endif
 
-typedef void (*DecodeKernel)(const DecodeParams, const TensorMap, const TensorMap);
+typedef void (*DecodeKernel)(const DecodeParams, const TensorMap, const TensorMap, const TensorMap, const TensorMap);
 // [f16][rope][gather]
 DecodeKernel kernels[2][2][2] = {{{polymla_decode_bf16_d512_tma, polymla_decode_bf16_d512_gather},
                                   {polymla_decode_bf16_d576_tma, polymla_decode_bf16_d576_gather}},
@@ -39,20 +39,15 @@ int check(cudaError_t e, const char* what) {
 }
 
 // ckv: (64 columns, token, group of 64 columns, head, page); kpe: (64 columns, token, head, page).
-int encode(TensorMap* map, const void* base, int f16, bool ckv, const DecodeParams& p, i64 sp, i64 st, i64 sh) {
-    const cuuint32_t rows = p.page_size < 64 ? p.page_size : 64;
-    cuuint64_t dims5[5] = {64, cuuint64_t(p.page_size), 8, cuuint64_t(p.h_kv), cuuint64_t(p.num_pages)};
-    cuuint64_t strides5[4] = {cuuint64_t(st) * 2, 128, cuuint64_t(sh) * 2, cuuint64_t(sp) * 2};
-    cuuint32_t box5[5] = {64, rows, p.page_size < 64 ? 1u : 4u, 1, 1};
-    cuuint64_t dims4[4] = {64, cuuint64_t(p.page_size), cuuint64_t(p.h_kv), cuuint64_t(p.num_pages)};
-    cuuint64_t strides4[3] = {cuuint64_t(st) * 2, cuuint64_t(sh) * 2, cuuint64_t(sp) * 2};
-    cuuint32_t box4[4] = {64, rows, 1, 1}, one[5] = {1, 1, 1, 1, 1};
+// q: (64 columns, head, group, s, request); q_pe: (64 columns, head, s, request). Boxes: 64 columns x `rows`.
+int encode(TensorMap* map, const void* base, int f16, int rank, int rows, const cuuint64_t (&dims)[5], const i64 (&strides)[4]) {
+    cuuint64_t bytes[4];
+    for (int i = 0; i < 4; ++i) bytes[i] = cuuint64_t(strides[i]) * 2;
+    cuuint32_t box[5] = {64, cuuint32_t(rows), 1, 1, 1}, one[5] = {1, 1, 1, 1, 1};
     CUresult r = encode_fn(reinterpret_cast<CUtensorMap*>(map),
-                           f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, ckv ? 5 : 4,
-                           const_cast<void*>(base), ckv ? dims5 : dims4, ckv ? strides5 : strides4, ckv ? box5 : box4, one,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                           f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank,
+                           const_cast<void*>(base), dims, bytes, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r) fprintf(stderr, "cuTensorMapEncodeTiled: %d\n", int(r));
     return int(r);
 }
@@ -78,9 +73,17 @@ extern "C" int pm_sizes(int* decode, int* schedule) {
 }
 
 extern "C" int pm_maps(const DecodeParams* p, int f16, int rope, TensorMap* maps) {
-    if (int e = encode(&maps[0], p->ckv, f16, true, *p, p->ckv_stride_page, p->ckv_stride_token, p->ckv_stride_head))
-        return e;
-    return rope ? encode(&maps[1], p->kpe, f16, false, *p, p->kpe_stride_page, p->kpe_stride_token, p->kpe_stride_head) : 0;
+    typedef cuuint64_t U;
+    const int rows = p->page_size < 64 ? p->page_size : 64;
+    if (int e = encode(&maps[0], p->ckv, f16, 5, rows, {64, U(p->page_size), 8, U(p->h_kv), U(p->num_pages)},
+                       {p->ckv_stride_token, 64, p->ckv_stride_head, p->ckv_stride_page})) return e;
+    if (int e = encode(&maps[2], p->q_nope, f16, 5, p->q_box_rows, {64, U(p->h_q), 8, U(p->s_q), U(p->b)},
+                       {p->q_nope_stride_h, 64, p->q_nope_stride_s, p->q_nope_stride_b})) return e;
+    if (!rope) return 0;
+    if (int e = encode(&maps[1], p->kpe, f16, 4, rows, {64, U(p->page_size), U(p->h_kv), U(p->num_pages), 1},
+                       {p->kpe_stride_token, p->kpe_stride_head, p->kpe_stride_page, 64})) return e;
+    return encode(&maps[3], p->q_pe, f16, 4, p->q_box_rows, {64, U(p->h_q), U(p->s_q), U(p->b), 1},
+                  {p->q_pe_stride_h, p->q_pe_stride_s, p->q_pe_stride_b, 64});
 }
 
 extern "C" int pm_schedule(const ScheduleParams* p, void* stream) {
@@ -94,10 +97,16 @@ extern "C" int pm_decode(const DecodeParams* p, const TensorMap* maps, int f16, 
     cudaLaunchAttribute attr[1];
     cudaLaunchConfig_t cfg = {};
     cfg.gridDim = dim3(p->m_tiles, p->h_kv, p->num_parts);
-    cfg.blockDim = dim3(384);
+    cfg.blockDim = dim3(512);
     cfg.dynamicSmemBytes = Smem::total;
     cfg.stream = (cudaStream_t)stream;
-    if (int e = check(cudaLaunchKernelEx(&cfg, kernels[f16][rope][form], *p, maps[0], maps[1]), "decode")) return e;
+    // Two M tiles of a request share their loads.
+    attr[0].id = cudaLaunchAttributeClusterDimension;
+    attr[0].val.clusterDim = {form == 0 && p->m_tiles % 2 == 0 ? 2u : 1u, 1, 1};
+    cfg.attrs = attr;
+    cfg.numAttrs = 1;
+    if (int e = check(cudaLaunchKernelEx(&cfg, kernels[f16][rope][form], *p, maps[0], maps[1], maps[2], maps[3]), "decode"))
+        return e;
     if (!combine_ctas) return 0;
     cudaLaunchConfig_t c2 = {};
     c2.gridDim = dim3(combine_ctas);

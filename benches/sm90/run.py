@@ -20,7 +20,7 @@ class Decode(C.Structure):
                    ("parts", P), ("num_splits", P), ("partial_out", P), ("partial_lse", P), ("status", P)]
                 + [(n, I) for n in ("b", "s_q", "h_q", "h_kv", "heads_per_kv", "m_tiles", "num_parts", "page_size",
                                     "num_pages", "max_pages_per_seq", "causal", "fixed_split_blocks", "flags")]
-                + [("scale_log2", F)])
+                + [("scale_log2", F), ("heads_magic", C.c_uint), ("q_box_rows", I)])
 
 
 class Sched(C.Structure):
@@ -62,12 +62,17 @@ class Call:
         f16 = q.dtype == torch.float16
         rows = s_q * (h_q // h_kv)
         m_tiles = (rows + 63) // 64
-        tma = page % 64 == 0 or (64 % page == 0 and page >= 8)
+        heads = h_q // h_kv
+        box = min(heads, 64) if s_q == 1 else max(r for r in (64, 32, 16, 8, 1) if heads % r == 0)
+        tma = (page % 64 == 0 or (64 % page == 0 and page >= 8)) and (s_q == 1 or box >= 8)
         if form is None:
             form = 0 if tma else 1
         num_parts = parts or max(1, SMS // (m_tiles * h_kv))
         self.form, self.f16, self.rope, self.combine_ctas = form, int(f16), int(rope), combine_ctas
         self.out = torch.full((b, s_q, h_q, dv), float("nan"), dtype=q.dtype, device=dev) if out is None else out
+        vec = self.out.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in self.out.stride()[:3]) and self.out.stride(3) == 1
+        if not vec:
+            self.form = form = 1
         self.lse = torch.full((b, h_q, s_q), float("nan"), dtype=torch.float32, device=dev)
         self.parts = torch.full((num_parts, 8), -7, dtype=torch.int32, device=dev)
         self.num_splits = torch.full((b + 1,), -7, dtype=torch.int32, device=dev)
@@ -103,15 +108,15 @@ class Call:
         p.b, p.s_q, p.h_q, p.h_kv, p.heads_per_kv, p.m_tiles = b, s_q, h_q, h_kv, h_q // h_kv, m_tiles
         p.num_parts, p.page_size, p.num_pages, p.max_pages_per_seq = num_parts, page, pages, table.shape[1]
         p.causal, p.fixed_split_blocks = int(causal), fixed
-        vec = self.out.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in self.out.stride()[:3]) and self.out.stride(3) == 1
         p.flags = int(vec)
+        p.heads_magic, p.q_box_rows = 0 if heads == 1 else 2**32 // heads + 1, box
         p.scale_log2 = (d ** -0.5 if scale is None else scale) * math.log2(math.e)
         s = self.s = Sched()
         s.cache_seqlens, s.parts, s.num_splits, s.scratch = lens.data_ptr(), p.parts, p.num_splits, self.scratch.data_ptr()
         s.b, s.num_parts, s.max_len, s.fixed_split_blocks = b, num_parts, min(table.shape[1] * page, 2**31 - 1), fixed
         for k, v in (cost or COST).items():
             setattr(s, k, v)
-        self.maps = torch.zeros(256 + 64, dtype=torch.uint8)
+        self.maps = torch.zeros(512 + 64, dtype=torch.uint8)
         self.maps_ptr = (self.maps.data_ptr() + 63) // 64 * 64
         if form != 1:
             assert lib.pm_maps(C.byref(p), self.f16, self.rope, P(self.maps_ptr)) == 0
@@ -289,6 +294,26 @@ def check(lib, golden):
             if not ok:
                 print("FAIL bad input", what, form, int(c.status), float(torch.isnan(out[1]).float().mean()))
             bad += not ok
+    # two launches at once on two streams
+    pairs = []
+    for seed, kw in ((8, dict(b=1, s_q=1, h_q=16, s_k=30000)), (9, dict(b=3, s_q=1, h_q=128, s_k=9000))):
+        q, kv, table, lens = make(seed=seed, **kw)
+        c = Call(lib, q, kv, table, lens)
+        c()
+        pairs.append((c, c.out.clone(), c.lse.clone(), torch.cuda.Stream()))
+    ok = True
+    for _ in range(50):
+        for c, _, _, stream in pairs:
+            with torch.cuda.stream(stream):
+                c.out.fill_(float("nan"))
+                c.run()
+                c.run()
+        torch.cuda.synchronize()
+        ok &= all(torch.equal(c.out, o) and torch.equal(c.lse, l) for c, o, l, _ in pairs)
+    n += 1
+    if not ok:
+        bad += 1
+        print("FAIL two streams")
     # batch invariance
     q, kv, table, lens = make(9, 1, 128, 3000, varlen=True, seed=7)
     a = Call(lib, q, kv, table, lens, fixed=4)()[0].clone()
