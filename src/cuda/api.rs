@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use cudarc::driver::sys::{
     CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE, CUevent, CUfunction_attribute, CUlaunchAttribute,
-    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUstream, CUstreamCaptureMode,
+    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1, CUlaunchConfig, CUstream,
+    CUstreamCaptureMode,
 };
 
 use super::context::Context;
@@ -173,10 +174,24 @@ impl Api for Context {
         stream: Stream,
         params: &mut [*mut c_void],
     ) -> Result<()> {
-        let mut value = CUlaunchAttributeValue { pad: [0; 64] };
-        value.programmaticStreamSerializationAllowed = launch.programmatic.into();
-        let id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        let mut attributes = [CUlaunchAttribute { id, pad: [0; 4], value }];
+        let mut programmatic = CUlaunchAttributeValue { pad: [0; 64] };
+        programmatic.programmaticStreamSerializationAllowed = launch.programmatic.into();
+        let mut cluster = CUlaunchAttributeValue { pad: [0; 64] };
+        cluster.clusterDim = CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
+        // A device that does not know an attribute must not be handed it.
+        let hopper = self.facts().compute_capability >= (9, 0);
+        let mut attributes: Vec<CUlaunchAttribute> = [
+            (
+                launch.programmatic && hopper,
+                CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                programmatic,
+            ),
+            (launch.cluster > 1 && hopper, CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, cluster),
+        ]
+        .into_iter()
+        .filter(|(wanted, ..)| *wanted)
+        .map(|(_, id, value)| CUlaunchAttribute { id, pad: [0; 4], value })
+        .collect();
         let config = CUlaunchConfig {
             gridDimX: launch.grid[0],
             gridDimY: launch.grid[1],
@@ -187,8 +202,7 @@ impl Api for Context {
             sharedMemBytes: shared_bytes,
             hStream: raw(stream),
             attrs: attributes.as_mut_ptr(),
-            // A device that does not know the attribute must not be handed it.
-            numAttrs: if launch.programmatic && self.facts().compute_capability >= (9, 0) { 1 } else { 0 },
+            numAttrs: attributes.len() as u32,
         };
         let _current = self.enter()?;
         // SAFETY: the configuration and its attributes live through the call; the rest is the caller's promise.

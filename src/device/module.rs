@@ -93,6 +93,8 @@ pub(crate) struct Launch {
     /// Whether the kernel may start while the one before it on the stream still runs. It must then wait for that one
     /// itself (`griddepcontrol.wait`) before it reads what that one writes. Platforms without this ignore it.
     pub(crate) programmatic: bool,
+    /// Adjacent blocks along the first dimension that run side by side and see each other's shared memory; 1 for none.
+    pub(crate) cluster: u32,
 }
 
 /// Largest grid along y and z on every device; along x it is 2^31 - 1.
@@ -108,7 +110,7 @@ impl Launch {
         if blocks > limit {
             return Err(MlaError::Overflow { param: "blocks of the grid", value: blocks.to_string(), limit });
         }
-        Ok(Launch { grid: [blocks as u32, 1, 1], block, programmatic })
+        Ok(Launch { grid: [blocks as u32, 1, 1], block, programmatic, cluster: 1 })
     }
 
     /// Enqueues `function` with `params`, each a pointer to the value of one kernel parameter, which is copied.

@@ -1,4 +1,4 @@
-//! Tensor maps: how TMA finds the boxes of the KV cache.
+//! Tensor maps: how TMA finds the boxes of queries and KV cache.
 
 use cudarc::driver::sys::{
     CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion,
@@ -8,74 +8,63 @@ use cudarc::driver::sys::{
 use super::params::TensorMap;
 use crate::cuda::driver::Driver;
 use crate::error::Result;
-use crate::problem::BLOCK_TOKENS;
 use crate::tensor::DType;
 
 /// Columns of a box: 64 elements of 16 bits are the 128 bytes that the swizzle works on.
 const BOX_COLUMNS: u32 = 64;
 
-/// A part of the cache as [num_pages, page_size, h_kv, columns].
+/// What boxes are taken from: `[outer, rows apart, rows, columns]` with a stride for each but the columns. Of the cache
+/// (pages, heads, tokens of a page), of queries (requests, query positions, heads).
 #[derive(Debug, Clone, Copy)]
-pub(super) struct CachePart {
+pub(super) struct Boxes {
     pub(super) address: u64,
     pub(super) shape: [usize; 4],
-    /// Elements from page to page, token to token, head to head.
+    /// In elements.
     pub(super) strides: [usize; 3],
+    /// Rows of a box.
+    pub(super) rows: u32,
 }
 
-/// Groups of [`BOX_COLUMNS`] columns of the latent part that one box holds, where a box holds a whole block: half of
-/// them, so that the halves land and are freed apart.
-const BOX_GROUPS: u32 = 4;
-
-impl CachePart {
-    /// The map of the latent part: coordinates (column in group, token, group of columns, head, page), boxes of up to a
-    /// block of tokens of a page.
+impl Boxes {
+    /// The map of latent columns: coordinates (column in group, row, group of columns, rows apart, outer).
     ///
     /// # Errors
     /// [`MlaError::Platform`](crate::MlaError::Platform) where the driver refuses the shape. A context must be current.
     pub(super) fn latent_map(&self, driver: &Driver, dtype: DType) -> Result<TensorMap> {
-        let [pages, page_size, heads, columns] = self.shape;
-        let [page, token, head] = self.byte_strides(dtype);
-        let groups = (columns / BOX_COLUMNS as usize) as u64;
-        // Pages smaller than a block come one box a group, or the groups of one page would lie between those of the next.
-        let box_groups = if page_size < BLOCK_TOKENS { 1 } else { BOX_GROUPS };
+        let [outer, apart, rows, columns] = self.shape.map(|n| n as u64);
+        let [outer_stride, apart_stride, row_stride] = self.byte_strides(dtype);
         encode(
             driver,
             self.address,
             dtype,
-            [BOX_COLUMNS.into(), page_size as u64, groups, heads as u64, pages as u64],
-            [token, u64::from(BOX_COLUMNS) * dtype.size() as u64, head, page],
-            [BOX_COLUMNS, box_tokens(page_size), box_groups, 1, 1],
+            [BOX_COLUMNS.into(), rows, columns / u64::from(BOX_COLUMNS), apart, outer],
+            [row_stride, u64::from(BOX_COLUMNS) * dtype.size() as u64, apart_stride, outer_stride],
+            [BOX_COLUMNS, self.rows, 1, 1, 1],
         )
     }
 
-    /// The map of the rotary part: coordinates (column, token, head, page), boxes likewise.
+    /// The map of rotary columns: coordinates (column, row, rows apart, outer).
     ///
     /// # Errors
     /// As [`latent_map`](Self::latent_map).
     pub(super) fn rope_map(&self, driver: &Driver, dtype: DType) -> Result<TensorMap> {
-        let [pages, page_size, heads, columns] = self.shape;
-        let [page, token, head] = self.byte_strides(dtype);
+        let [outer, apart, rows, columns] = self.shape.map(|n| n as u64);
+        let [outer_stride, apart_stride, row_stride] = self.byte_strides(dtype);
         encode(
             driver,
             self.address,
             dtype,
-            [columns as u64, page_size as u64, heads as u64, pages as u64],
-            [token, head, page],
-            [BOX_COLUMNS, box_tokens(page_size), 1, 1],
+            [columns, rows, apart, outer],
+            [row_stride, apart_stride, outer_stride],
+            [BOX_COLUMNS, self.rows, 1, 1],
         )
     }
 
-    /// Bytes from page to page, token to token, head to head. One that is never stepped by may be anything in a tensor,
-    /// also what the driver refuses.
+    /// The strides in bytes. One that is never stepped by may be anything in a tensor, also what the driver refuses.
     fn byte_strides(&self, dtype: DType) -> [u64; 3] {
         let row = self.shape[3] * dtype.size();
         std::array::from_fn(|dim| if self.shape[dim] > 1 { self.strides[dim] * dtype.size() } else { row } as u64)
     }
-}
-
-fn box_tokens(page_size: usize) -> u32 {
-    page_size.min(BLOCK_TOKENS) as u32
 }
 
 /// `RANK` dimensions, innermost first; one stride less, because the innermost is 1.

@@ -47,6 +47,8 @@ pub(super) struct DecodeParams {
     pub(super) fixed_split_blocks: i32,
     pub(super) flags: i32,
     pub(super) scale_log2: f32,
+    pub(super) heads_magic: u32,
+    pub(super) q_box_rows: i32,
 }
 
 /// `FLAG_OUT_VEC16`: out is 16-byte aligned and its innermost stride is 1 and the others are multiples of 8.
@@ -71,7 +73,7 @@ pub(super) struct ScheduleParams {
 }
 
 const _: () = {
-    assert!(size_of::<DecodeParams>() == 8 * 35 + 4 * 14);
+    assert!(size_of::<DecodeParams>() == 8 * 35 + 4 * 16);
     assert!(size_of::<ScheduleParams>() == 64);
     assert!(size_of::<TensorMap>() == 128 && align_of::<TensorMap>() == 64);
     assert!(size_of::<crate::schedule::PartMetadata>() == 32);
@@ -96,7 +98,7 @@ mod tests {
             let first_name = declaration.split(',').next().and_then(|d| d.rsplit([' ', '*']).next()).expect("a name");
             let kind = declaration[..declaration.find(first_name).expect("found above")].trim();
             let size = match kind {
-                "int" | "float" => 4,
+                "int" | "u32" | "float" => 4,
                 "i64" => 8,
                 pointer if pointer.ends_with('*') => 8,
                 other => panic!("{name}: a field of type {other:?}"),
@@ -131,6 +133,7 @@ mod tests {
             h_q = "h_q", h_kv = "h_kv", heads_per_kv = "heads_per_kv", m_tiles = "m_tiles", num_parts = "num_parts",
             page_size = "page_size", num_pages = "num_pages", max_pages_per_seq = "max_pages_per_seq",
             causal = "causal", fixed_split_blocks = "fixed_split_blocks", flags = "flags", scale_log2 = "scale_log2",
+            heads_magic = "heads_magic", q_box_rows = "q_box_rows",
         );
     }
 

@@ -4,16 +4,16 @@ use std::ffi::c_void;
 
 use cudarc::driver::sys::CUtensorMap;
 
-use super::maps::CachePart;
+use super::maps::Boxes;
 use super::params::{DecodeParams, FLAG_OUT_VEC16, TensorMap};
 use super::plan::Sm90Schedule;
-use super::variant::{Form, Variant, m_tiles};
+use super::variant::{Form, TILE_M, Variant, m_tiles, q_box_rows};
 use super::{NAME, Sm90Backend};
 use crate::backend::Unsupported;
 use crate::call::{Inputs, KvCache, Outputs, Query};
 use crate::device::{Launch, Stream, usable_pages_per_seq};
 use crate::error::{MlaError, Result};
-use crate::problem::{Mask, Problem};
+use crate::problem::{BLOCK_TOKENS, Mask, Problem};
 use crate::tensor::TensorView;
 use crate::workspace::Workspace;
 
@@ -25,7 +25,7 @@ const ROW_ALIGN_ELEMENTS: usize = 8;
 const WORKSPACE_ALIGN: u64 = 128;
 
 /// Threads of the decode kernel.
-const DECODE_THREADS: u32 = 384;
+const DECODE_THREADS: u32 = 512;
 
 /// Smallest scale the kernels take: they divide nothing by it, but a maximum of -infinity * 0 would be NaN. Logits of
 /// any size below 1e20 still come out as 0, as they do with a scale of 0.
@@ -39,6 +39,13 @@ pub(super) fn check_sizes(problem: &Problem) -> std::result::Result<(), Unsuppor
         ("h_kv", problem.h_kv(), MAX_GRID_Y, "1..=65535"),
         ("s_q x h_q", problem.s_q() * problem.h_q(), 1 << 24, "1..=16777216"),
         ("page_size", problem.page_size(), 1 << 24, "1..=16777216"),
+        // Rows of the last tile included, so that the kernels' division by multiplication is exact.
+        (
+            "s_q x (h_q / h_kv)^2",
+            (m_tiles(problem) * TILE_M).saturating_mul(problem.heads_per_kv()),
+            (1 << 32) - 1,
+            "1..=4294967295",
+        ),
     ] {
         if value > limit {
             return Err(Unsupported { backend: NAME, param, value: value.to_string(), limit: words.to_string() });
@@ -115,51 +122,65 @@ impl Sm90Backend {
         }
 
         let _current = self.context.enter()?;
+        let whole_rows = params.flags & FLAG_OUT_VEC16 != 0;
         let variant = Variant::of(problem);
-        let mut maps = [TensorMap(CUtensorMap { opaque: [0; 16] }); 2];
+        let variant = if whole_rows { variant } else { variant.in_form(Form::Gather) };
+        let mut maps = [TensorMap(CUtensorMap { opaque: [0; 16] }); 4];
         // Without pages nothing is ever loaded, and a map of no pages would be refused.
-        if variant.form != Form::Gather && problem.num_pages() > 0 {
-            let shape = |columns| [problem.num_pages(), problem.page_size(), problem.h_kv(), columns];
-            let unsigned = |strides: [i64; 3]| strides.map(|s| s as usize);
-            let driver = self.context.driver();
-            let ckv = CachePart {
-                address: params.ckv,
-                shape: shape(problem.head_dim_v()),
-                strides: unsigned(params.ckv_strides),
-            };
-            maps[0] = ckv.latent_map(driver, problem.dtype())?;
-            if problem.rope() > 0 {
-                let kpe = CachePart {
-                    address: params.kpe,
-                    shape: shape(problem.rope()),
-                    strides: unsigned(params.kpe_strides),
-                };
-                maps[1] = kpe.rope_map(driver, problem.dtype())?;
-            }
+        if variant.form == Form::Tma && problem.num_pages() > 0 {
+            self.encode_maps(problem, &params, &mut maps)?;
         }
         let (decode, combine) = (self.decode(variant)?, self.combine(problem)?);
         let (tiles, heads) = (params.m_tiles as u32, params.h_kv as u32);
         let combine_blocks = COMBINE_BLOCKS_PER_SM * self.context.facts().multiprocessors;
-        let [ckv, kpe] = &mut maps;
-        let shape = |grid, block| Launch { grid, block, programmatic: true };
+        let [ckv, kpe, q_nope, q_pe] = &mut maps;
+        // Two M tiles of a request load each other's KV.
+        let cluster = if variant.form == Form::Tma && tiles.is_multiple_of(2) { 2 } else { 1 };
+        let grid = [tiles, heads, params.num_parts as u32];
+        let decode_launch = Launch { grid, block: DECODE_THREADS, programmatic: true, cluster };
+        let combine_launch =
+            Launch { grid: [combine_blocks, 1, 1], block: COMBINE_THREADS, programmatic: true, cluster: 1 };
         // SAFETY: the kernels' parameters, in order. What their addresses name is vouched for by the views, checked
         // against the problem above, by the schedule and by the workspace, checked for its size.
         unsafe {
-            shape([tiles, heads, params.num_parts as u32], DECODE_THREADS).enqueue(
+            decode_launch.enqueue(
                 decode,
                 stream,
                 &mut [
                     (&raw mut params).cast::<c_void>(),
                     std::ptr::from_mut(ckv).cast(),
                     std::ptr::from_mut(kpe).cast(),
+                    std::ptr::from_mut(q_nope).cast(),
+                    std::ptr::from_mut(q_pe).cast(),
                 ],
             )?;
-            shape([combine_blocks, 1, 1], COMBINE_THREADS).enqueue(
-                combine,
-                stream,
-                &mut [(&raw mut params).cast::<c_void>()],
-            )
+            combine_launch.enqueue(combine, stream, &mut [(&raw mut params).cast::<c_void>()])
         }
+    }
+
+    /// The maps of ckv, kpe, q_nope and q_pe; those of the rotary parts where there are any.
+    fn encode_maps(&self, problem: &Problem, params: &DecodeParams, maps: &mut [TensorMap; 4]) -> Result<()> {
+        let (driver, dtype) = (self.context.driver(), problem.dtype());
+        let cache = |address, [page, token, head]: [i64; 3], columns| Boxes {
+            address,
+            shape: [problem.num_pages(), problem.h_kv(), problem.page_size(), columns],
+            strides: [page, head, token].map(|stride| stride as usize),
+            rows: problem.page_size().min(BLOCK_TOKENS) as u32,
+        };
+        let query = |address, strides: [i64; 3], columns| Boxes {
+            address,
+            shape: [problem.b(), problem.s_q(), problem.h_q(), columns],
+            strides: strides.map(|stride| stride as usize),
+            rows: params.q_box_rows as u32,
+        };
+        let (latent, rope) = (problem.head_dim_v(), problem.rope());
+        maps[0] = cache(params.ckv, params.ckv_strides, latent).latent_map(driver, dtype)?;
+        maps[2] = query(params.q_nope, params.q_nope_strides, latent).latent_map(driver, dtype)?;
+        if rope > 0 {
+            maps[1] = cache(params.kpe, params.kpe_strides, rope).rope_map(driver, dtype)?;
+            maps[3] = query(params.q_pe, params.q_pe_strides, rope).rope_map(driver, dtype)?;
+        }
+        Ok(())
     }
 
     /// Where partial outputs and partial lse go.
@@ -183,6 +204,12 @@ const COMBINE_THREADS: u32 = 256;
 
 /// Blocks of the combine kernel for each multiprocessor: they share whatever there is to merge.
 const COMBINE_BLOCKS_PER_SM: u32 = 3;
+
+/// What divides a packed row by the heads of a KV head with one multiplication, `row * magic >> 32`; 0 stands for one head.
+/// Right while rows x heads stays below 2^32, see [`check_sizes`].
+fn heads_magic(heads: usize) -> u32 {
+    if heads == 1 { 0 } else { ((1 << 32) / heads as u64 + 1) as u32 }
+}
 
 /// What the kernels are told, but for the workspace.
 fn params(
@@ -241,6 +268,8 @@ fn params(
         causal: i32::from(problem.mask() == Mask::Causal),
         fixed_split_blocks: schedule.fixed_split_blocks(),
         flags: if aligned { FLAG_OUT_VEC16 } else { 0 },
+        heads_magic: heads_magic(problem.heads_per_kv()),
+        q_box_rows: q_box_rows(problem).unwrap_or(TILE_M as u32) as i32,
         scale_log2: (problem.softmax_scale() * std::f32::consts::LOG2_E).max(MIN_SCALE_LOG2),
         ..DecodeParams::default()
     })

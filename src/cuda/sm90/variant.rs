@@ -14,7 +14,8 @@ pub(super) const TILE_M: usize = 64;
 pub(super) enum Form {
     /// TMA.
     Tma,
-    /// cp.async, for page sizes that neither divide a block nor are made of whole ones.
+    /// cp.async, for page sizes that neither divide a block nor are made of whole ones, for several query rows of head counts
+    /// that boxes cannot hold, and for outputs that are not written 16 bytes at a time.
     Gather,
 }
 
@@ -31,16 +32,32 @@ pub(super) fn m_tiles(problem: &Problem) -> usize {
     (problem.s_q() * problem.heads_per_kv()).div_ceil(TILE_M)
 }
 
+/// Rows of a box of queries: heads of one query position, packed without gaps. None where a box would be less than the eight
+/// rows of the swizzle.
+pub(super) fn q_box_rows(problem: &Problem) -> Option<u32> {
+    let heads = problem.heads_per_kv();
+    if problem.s_q() == 1 {
+        return Some(heads.min(TILE_M) as u32);
+    }
+    [64, 32, 16, 8].into_iter().find(|rows| heads.is_multiple_of(*rows as usize))
+}
+
 impl Variant {
     /// How many there are.
     pub(super) const COUNT: usize = 8;
 
+    /// The kernel for a problem whose `out` has rows of contiguous, aligned columns, as most have.
     pub(super) fn of(problem: &Problem) -> Variant {
         let page = problem.page_size();
         // The swizzle repeats every 8 rows, so a box of fewer would have to begin in the middle of a pattern.
         let tma = page.is_multiple_of(BLOCK_TOKENS) || (page >= 8 && BLOCK_TOKENS.is_multiple_of(page));
-        let form = if tma { Form::Tma } else { Form::Gather };
+        let form = if tma && q_box_rows(problem).is_some() { Form::Tma } else { Form::Gather };
         Variant { bf16: problem.dtype() == DType::Bf16, rope: problem.rope() > 0, form }
+    }
+
+    /// The same in another form.
+    pub(super) fn in_form(self, form: Form) -> Variant {
+        Variant { form, ..self }
     }
 
     fn index(self) -> usize {
