@@ -1,15 +1,17 @@
 // Dense MLA decoding, split over KV: the main kernel.
 //
 // Tile      64 packed query rows (s_q x heads of one kv head) x 64 tokens, O 64 x 512 f32.
-// Roles     warps 0-3   Q K^T and softmax, Q in registers      decode_qk.h
-//           warps 4-7   P V, O columns   0..256                decode_pv.h
-//           warps 8-11  P V, O columns 256..512                decode_pv.h
-//           Whoever frees a piece of shared memory refills it  decode_load.h
-//           warp 0 also walks the schedule                     decode_walk.h
-// Registers 384 threads start with 168 each; 184 / 160 / 160 after reallocation.
-// Shared    three KV stages of 64 KiB, one rope tile, two P buffers: 226 KiB.
+// Roles     warps 0-3   Q K^T and softmax, most of Q in registers  decode_qk.h
+//           warps 4-7   P V, O columns   0..256                    decode_pv.h
+//           warps 8-11  P V, O columns 256..512                    decode_pv.h
+//           warps 12-14 loads, TMA or cp.async                     decode_load.h
+//           warp 15     one thread walks the schedule              decode_walk.h
+// Registers 512 threads start with 128 each; 168 / 160 / 160 / 24 after reallocation.
+// Shared    three stages of 64 KiB (448 latent columns and the rope columns of a block), two
+//           tiles of 8 KiB for the last 64 columns, a quarter of Q: 227 KiB.
 // Pipeline  the tensor cores alternate between Q K^T(j+1) and P V(j); the softmax of
-//           block j+1 runs under P V(j).
+//           block j+1 runs under P V(j), and P takes the place of the rope columns.
+// Clusters  two M tiles of one request run as a pair and load half of the stages each, for both.
 //
 //   tensor   | Q K^T j+1   | P V j       | Q K^T j+2   | P V j+1     |
 //   QK warps | issue, wait | softmax j+1 | issue, wait | softmax j+2 |
