@@ -1,7 +1,8 @@
 //! What only the device sees, and what becomes of a device that fails.
 
 use polymla::half::bf16;
-use polymla::wgpu::WgpuBackend;
+use polymla::wgpu::shaders::Path;
+use polymla::wgpu::{WgpuBackend, api};
 use polymla::{
     DType, Device, Inputs, KvCache, Mask, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions, SplitPolicy,
     TensorView, TensorViewMut, Workspace, get_mla_metadata,
@@ -384,4 +385,40 @@ fn threads_may_share_a_backend() {
             });
         }
     });
+}
+
+/// The answer of a future that natively is there at once.
+fn now<T>(future: impl Future<Output = T>) -> T {
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match std::pin::pin!(future).poll(&mut context) {
+        std::task::Poll::Ready(value) => value,
+        std::task::Poll::Pending => panic!("the future waits"),
+    }
+}
+
+/// A device, queue and buffers of the caller's, which go on living when the backend is gone.
+#[test]
+fn a_callers_device_and_buffers_are_borrowed() {
+    let Some(own) = super::backend(WgpuBackend::new) else { return };
+    let options = ScheduleOptions { num_sm_parts: Some(2), policy: SplitPolicy::BATCH_INVARIANT };
+    let (_, want_out, _) = Tensors::new(&own, &[200, 40, 256], &TABLE, None).run(&options);
+
+    let instance = api::Instance::new(api::InstanceDescriptor::new_without_display_handle());
+    let adapter = now(instance.request_adapter(&api::RequestAdapterOptions::default())).expect("an adapter");
+    let (device, queue) = now(adapter.request_device(&api::DeviceDescriptor::default())).expect("a device");
+    let lost = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let seen = lost.clone();
+    device.set_device_lost_callback(move |_, _| seen.store(true, std::sync::atomic::Ordering::SeqCst));
+    let backend =
+        WgpuBackend::from_device(adapter.get_info(), device.clone(), queue.clone()).expect("a backend over it");
+    assert_eq!(backend.path(&Problem::builder(1).build().expect("valid")), Path::Plain, "no feature was asked for");
+    let (verdict, out, _) = Tensors::new(&backend, &[200, 40, 256], &TABLE, None).run(&options);
+    assert_eq!(verdict, Ok(()));
+    let close = |(a, b): (&bf16, &bf16)| (a.to_f32() - b.to_f32()).abs() <= 0.01 * b.to_f32().abs().max(0.1);
+    assert!(out.iter().zip(&want_out).all(close), "other paths, other roundings, the same values");
+    drop(backend);
+    assert!(device.poll(api::PollType::Poll).is_ok() && !lost.load(std::sync::atomic::Ordering::SeqCst));
+    device.destroy();
+    assert!(device.poll(api::PollType::Poll).is_ok());
+    assert!(lost.load(std::sync::atomic::Ordering::SeqCst), "the caller's callback is still the caller's");
 }
