@@ -39,5 +39,3 @@ elif [ -n "${POLYMLA_REQUIRE_BROWSER:-}" ]; then
 else
     echo "SKIP the browser: chromium could not be installed"
 fi
-echo "== the README's support matrix is the registry's answer"
-POLYMLA_NVCC=none cargo test --features cli,sm90,cuda,hip,wgpu --test cli

@@ -19,3 +19,5 @@ echo "== the WGSL backend on software Vulkan and in a browser (installs Debian p
 bash scripts/check-wgpu.sh
 echo "== the portable kernels under every compiler: registers, spills, instructions (installs compilers)"
 bash scripts/check-portable.sh
+echo "== the ONNX graphs by tract, onnx.checker and onnxruntime (installs Python wheels)"
+bash scripts/check-onnx.sh

@@ -264,6 +264,13 @@ pub fn registry() -> &'static [Registration] {
             supports: |_| Ok(()),
             open: || Ok(Box::new(crate::cpu::CpuBackend::new()?)),
         },
+        #[cfg(feature = "onnx")]
+        Registration {
+            name: crate::onnx::NAME,
+            target: "NPU compilers that take ONNX; executed here on the CPU",
+            supports: crate::onnx::supports,
+            open: || Ok(Box::new(crate::onnx::OnnxBackend::new())),
+        },
     ]
 }
 

@@ -22,6 +22,8 @@ pub mod error;
 mod host;
 #[cfg(any(feature = "sm90", feature = "cuda", feature = "hip"))]
 pub mod kernels;
+#[cfg(feature = "onnx")]
+pub mod onnx;
 #[cfg(any(feature = "cuda", feature = "hip"))]
 mod portable;
 pub mod problem;

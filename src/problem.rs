@@ -252,6 +252,11 @@ impl Problem {
         }
     }
 
+    /// Starts a problem of the same sizes, softmax_scale and flags; the format of the cache follows the type.
+    pub fn to_builder(&self) -> ProblemBuilder {
+        ProblemBuilder { problem: self.clone(), kv_format: None, softmax_scale: Some(self.softmax_scale) }
+    }
+
     /// Requests in the batch.
     pub fn b(&self) -> usize {
         self.b

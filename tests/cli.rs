@@ -38,7 +38,7 @@ fn info_json_is_json() {
 
 /// The README's support matrix is what the registry answers. Needs the column of every backend.
 #[test]
-#[cfg(all(feature = "sm90", feature = "cuda", feature = "hip", feature = "wgpu"))]
+#[cfg(all(feature = "sm90", feature = "cuda", feature = "hip", feature = "wgpu", feature = "onnx"))]
 fn the_readme_shows_the_generated_matrix() {
     let readme = std::fs::read_to_string("README.md").expect("README.md");
     let matrix = text(&polymla(&["info", "--markdown"]).stdout);
@@ -126,6 +126,54 @@ fn a_wrong_instruction_set_is_an_error_that_says_which_there_are() {
         assert!(expected.iter().all(|part| stderr.contains(part)), "{wrong}: {stderr}");
         assert!(!stderr.contains("panicked"), "{wrong}: {stderr}");
         assert!(!scratch("wrong-isa.safetensors").exists(), "{wrong}");
+    }
+}
+
+#[test]
+#[cfg(feature = "onnx")]
+fn export_converts_a_file_that_decode_then_runs() {
+    let (model, inputs) = (scratch("decode.onnx"), scratch("inputs.safetensors"));
+    let export = |like: &str| {
+        let paths = [model.to_str().unwrap(), inputs.to_str().unwrap()];
+        polymla(&["export", "--onnx", paths[0], "--like", like, "--inputs", paths[1], "--json"])
+    };
+    let output = export(SMALL);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(value["opset"], 13);
+    assert_eq!(value["inputs"][0], serde_json::json!({"name": "q", "dtype": "F16", "shape": [1, 1, 16, 576]}));
+    assert_eq!(value["saturated"], 0);
+    let decoded = scratch("decoded-onnx.safetensors");
+    let output = polymla(&["decode", inputs.to_str().unwrap(), decoded.to_str().unwrap(), "--backend", "onnx"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    // A key that f16 cannot hold: written, counted, and no success.
+    let mut bytes = std::fs::read(SMALL).expect("golden file");
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let layout: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).expect("header");
+    let begin = 8 + header + layout["q"]["data_offsets"][0].as_u64().expect("q") as usize;
+    bytes[begin..begin + 2].copy_from_slice(&0x7f00u16.to_le_bytes());
+    let large = scratch("large.safetensors");
+    std::fs::write(&large, bytes).expect("scratch file");
+    let output = export(large.to_str().unwrap());
+    assert!(!output.status.success() && text(&output.stdout).contains("\"saturated\": 1"), "{output:?}");
+}
+
+#[test]
+#[cfg(feature = "onnx")]
+fn export_makes_a_class_by_its_sizes_or_says_why_not() {
+    let model = scratch("class.onnx");
+    let export = |more: &[&str]| polymla(&[&["export", "--onnx", model.to_str().unwrap()], more].concat());
+    let output = export(&["--b", "2", "--s-q", "2", "--h-q", "16", "--pages", "8", "--mask", "causal"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).contains("makes out F16 [2, 2, 16, 512]"), "{output:?}");
+    for (wrong, says) in [
+        (["--pages", "0"], "num_pages is 0; it must be at least 1"),
+        (["--h-kv", "3"], "h_q is 128; it must be a multiple of h_kv, which is 3"),
+        (["--page-size", "100000000"], "tokens a request overflows"),
+    ] {
+        let output = export(&wrong);
+        let stderr = text(&output.stderr);
+        assert!(!output.status.success() && stderr.contains(says) && !stderr.contains("panicked"), "{stderr}");
     }
 }
 

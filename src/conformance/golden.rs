@@ -21,7 +21,8 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::call::{Call, Expected};
 use super::check::Tolerance;
-use super::tensor::{HostTensor, PoisonedOutputs};
+pub use super::save::{save, save_inputs};
+use super::tensor::HostTensor;
 use crate::error::MlaError;
 use crate::problem::{Mask, Problem};
 use crate::tensor::{DType, Device};
@@ -125,15 +126,6 @@ pub fn load(path: impl AsRef<Path>) -> Result<Call, FileError> {
     let name = path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
     let read = std::fs::read(path).map_err(FileReason::from);
     read.and_then(|bytes| parse(name, &bytes)).map_err(|reason| FileError { path: path.into(), reason })
-}
-
-/// Writes `out` and `lse` of a call, without gaps, with the call's metadata.
-///
-/// # Errors
-/// [`FileError`], with the path and what the system said.
-pub fn save(path: impl AsRef<Path>, call: &Call, results: &PoisonedOutputs) -> Result<(), FileError> {
-    let path = path.as_ref();
-    write(path, call, results).map_err(|reason| FileError { path: path.into(), reason })
 }
 
 /// The safetensors files of a directory in order of their names, or the one file that `path` names.
@@ -358,29 +350,4 @@ fn values(name: &'static str, tensor: &FileTensor<'_>, shape: &[usize]) -> Resul
         return Ok(tensor.data().chunks_exact(8).map(value).collect());
     }
     Ok(copy(name, tensor, float_type(name, tensor)?)?.to_f64())
-}
-
-fn write(path: &Path, call: &Call, results: &PoisonedOutputs) -> Result<()> {
-    let p = &call.problem;
-    let of_file = |dtype| match dtype {
-        DType::Bf16 => Dtype::BF16,
-        DType::F16 => Dtype::F16,
-        DType::F32 => Dtype::F32,
-        DType::I32 => Dtype::I32,
-    };
-    let (out, lse) = (results.out.to_dense_bytes(), results.lse.to_dense_bytes());
-    let tensors = [
-        ("out", FileTensor::new(of_file(results.out.dtype()), results.out.shape().to_vec(), &out)?),
-        ("lse", FileTensor::new(of_file(results.lse.dtype()), results.lse.shape().to_vec(), &lse)?),
-    ];
-    let metadata = [
-        ("kind", "dense_decode".to_string()),
-        ("softmax_scale", p.softmax_scale().to_string()),
-        ("page_block_size", p.page_size().to_string()),
-        ("head_dim_v", p.head_dim_v().to_string()),
-        ("causal", (p.mask() == Mask::Causal).to_string()),
-    ];
-    let metadata = metadata.into_iter().map(|(k, v)| (k.to_string(), v)).collect();
-    std::fs::write(path, safetensors::serialize(tensors, Some(metadata))?)?;
-    Ok(())
 }

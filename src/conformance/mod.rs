@@ -8,6 +8,7 @@ mod check;
 pub mod golden;
 mod open;
 pub mod random;
+mod save;
 mod tensor;
 
 pub use call::{Call, Expected, Layout};

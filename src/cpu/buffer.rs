@@ -43,7 +43,7 @@ impl CpuBuffer {
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.bytes) }
     }
 
-    pub(super) fn view<'a>(&'a self, param: &'static str, like: &TensorView<'_>) -> Result<TensorView<'a>> {
+    pub(crate) fn view<'a>(&'a self, param: &'static str, like: &TensorView<'_>) -> Result<TensorView<'a>> {
         let (address, bytes) = (self.lines.as_ptr() as u64, self.bytes as u64);
         // SAFETY: the buffer is readable for `bytes` bytes as long as it is borrowed.
         unsafe {
@@ -51,14 +51,14 @@ impl CpuBuffer {
         }
     }
 
-    pub(super) fn view_mut<'a>(&'a mut self, param: &'static str, like: &TensorView<'_>) -> Result<TensorViewMut<'a>> {
+    pub(crate) fn view_mut<'a>(&'a mut self, param: &'static str, like: &TensorView<'_>) -> Result<TensorViewMut<'a>> {
         let (address, bytes) = (self.lines.as_mut_ptr() as u64, self.bytes as u64);
         let (dtype, shape, strides) = (like.dtype(), like.shape(), like.strides());
         // SAFETY: the buffer is this view's alone, for `bytes` bytes, as long as it is exclusively borrowed.
         unsafe { TensorViewMut::from_raw_parts(param, address, bytes, dtype, shape, strides, Device::Host) }
     }
 
-    pub(super) fn workspace(&mut self) -> Workspace<'_> {
+    pub(crate) fn workspace(&mut self) -> Workspace<'_> {
         Workspace::from_slice(self.as_bytes_mut())
     }
 }

@@ -36,6 +36,10 @@ fn empty_batch_is_no_error() {
         for layout in [Layout::Given, Layout::Fused, Layout::Split] {
             let call = call.with_layout(layout).unwrap();
             for backend in open_all().unwrap() {
+                if let Err(refusal) = backend.supports(&call.problem) {
+                    assert_ne!(backend.info().name, "cpu", "{refusal}");
+                    continue;
+                }
                 let mut results = call.poisoned_outputs().unwrap();
                 let mut outputs = results.outputs().unwrap();
                 backend.decode(&call.problem, &Default::default(), &call.inputs().unwrap(), &mut outputs).unwrap();

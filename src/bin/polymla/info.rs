@@ -1,7 +1,7 @@
 //! `polymla info`: what this build can do here, and what every backend in it supports.
 
 use clap::Parser;
-use polymla::{DType, Mask, Problem, registry};
+use polymla::{DType, Mask, Problem, Unsupported, registry};
 use serde_json::json;
 
 use crate::output::{self, Outcome};
@@ -17,15 +17,38 @@ pub struct Args {
 struct Probe {
     what: &'static str,
     problem: polymla::Result<Problem>,
+    /// The same in f16 where the question is not about types: some backends have no bf16 at all.
+    in_f16: Option<polymla::Result<Problem>>,
+}
+
+/// A backend's answer, and whether it would be yes in f16.
+struct Answer {
+    bf16: Result<(), Unsupported>,
+    f16: bool,
+}
+
+impl Answer {
+    fn word(&self) -> &'static str {
+        match (&self.bf16, self.f16) {
+            (Ok(()), _) => "yes",
+            (Err(_), true) => "f16",
+            (Err(_), false) => "no",
+        }
+    }
 }
 
 fn probes() -> Vec<Probe> {
     let base = || Problem::builder(4).num_pages(64).max_pages_per_seq(16).h_q(16);
-    let probe = |what, builder: polymla::problem::ProblemBuilder| Probe { what, problem: builder.build() };
+    let of_type = |what, dtype| Probe { what, problem: base().dtype(dtype).build(), in_f16: None };
+    let probe = |what, builder: polymla::problem::ProblemBuilder| Probe {
+        what,
+        in_f16: Some(builder.clone().dtype(DType::F16).build()),
+        problem: builder.build(),
+    };
     vec![
-        probe("bf16", base()),
-        probe("f16", base().dtype(DType::F16)),
-        probe("f32", base().dtype(DType::F32)),
+        of_type("bf16", DType::Bf16),
+        of_type("f16", DType::F16),
+        of_type("f32", DType::F32),
         probe("head_dim 576/512 (rope 64)", base()),
         probe("head_dim 512/512 (rope 0)", base().head_dim_k(512)),
         probe("head_dim 320/256", base().head_dim_k(320).head_dim_v(256)),
@@ -47,22 +70,23 @@ pub fn run(args: &Args, json: bool) -> Outcome {
     let mut matrix = Vec::new();
     for probe in probes() {
         let problem = probe.problem?;
-        let answers: Vec<_> = registry().iter().map(|r| (r.supports)(&problem)).collect();
-        matrix.push((probe.what, answers));
+        let in_f16 = probe.in_f16.transpose()?;
+        let answer = |supports: fn(&Problem) -> Result<(), Unsupported>| Answer {
+            bf16: supports(&problem),
+            f16: in_f16.as_ref().is_some_and(|p| supports(p).is_ok()),
+        };
+        matrix.push((probe.what, registry().iter().map(|r| answer(r.supports)).collect::<Vec<_>>()));
     }
-    let cells = |yes: &str, no: &str| -> Vec<Vec<String>> {
-        let word = |ok: bool| if ok { yes.to_string() } else { no.to_string() };
-        let row = |what: &str, answers: &[Result<(), _>]| {
-            std::iter::once(what.to_string())
-                .chain(answers.iter().map(|a: &Result<(), polymla::Unsupported>| word(a.is_ok())))
-                .collect()
+    let cells = || -> Vec<Vec<String>> {
+        let row = |what: &str, answers: &[Answer]| {
+            std::iter::once(what.to_string()).chain(answers.iter().map(|a| a.word().to_string())).collect()
         };
         matrix.iter().map(|(what, answers)| row(what, answers)).collect()
     };
     if args.markdown {
         println!("| {} |", header.join(" | "));
         println!("|{}", "---|".repeat(header.len()));
-        for row in cells("yes", "no") {
+        for row in cells() {
             println!("| {} |", row.join(" | "));
         }
         return Ok(true);
@@ -81,8 +105,9 @@ pub fn run(args: &Args, json: bool) -> Outcome {
             .iter()
             .flat_map(|(what, answers)| registry().iter().zip(answers).map(move |(r, a)| (what, r.name, a)))
             .map(|(what, name, answer)| {
-                let reason = answer.as_ref().err().map(ToString::to_string);
-                json!({"problem": what, "backend": name, "supported": answer.is_ok(), "reason": reason})
+                let reason = answer.bf16.as_ref().err().map(ToString::to_string);
+                json!({"problem": what, "backend": name, "supported": answer.bf16.is_ok(),
+                    "only_f16": answer.word() == "f16", "reason": reason})
             })
             .collect();
         output::json(&json!({"version": env!("CARGO_PKG_VERSION"), "backends": backends, "support": support}))?;
@@ -94,9 +119,10 @@ pub fn run(args: &Args, json: bool) -> Outcome {
         Err(reason) => vec![r.name.into(), "absent".into(), reason.to_string(), "-".into()],
     });
     println!("{}\n", output::table(&["backend", "state", "device, or why it is absent", "evidence"], 9, rows));
-    println!("{}", output::table(&header, 9, cells("yes", "no")));
+    println!("{}", output::table(&header, 9, cells()));
     for (what, answers) in &matrix {
-        for reason in answers.iter().filter_map(|a| a.as_ref().err()) {
+        // That a backend has no bf16 is said once, in the row of that type.
+        for reason in answers.iter().filter(|a| !a.f16).filter_map(|a| a.bf16.as_ref().err()) {
             println!("{what}: {reason}");
         }
     }

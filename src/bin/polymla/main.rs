@@ -1,10 +1,12 @@
-//! The command line: `info`, `conformance`, `decode`, `bench`, `kernels`.
+//! The command line: `info`, `conformance`, `decode`, `export`, `bench`, `kernels`.
 
 mod bench;
 mod choose;
 mod conformance;
 mod cpu_ceilings;
 mod decode;
+#[cfg(feature = "onnx")]
+mod export;
 mod info;
 mod kernels;
 mod output;
@@ -35,6 +37,9 @@ enum Command {
     Conformance(conformance::Args),
     /// Decode the tensors of a safetensors file.
     Decode(decode::Args),
+    /// Write the decode of one class of problems as an ONNX graph.
+    #[cfg(feature = "onnx")]
+    Export(export::Args),
     /// Time a suite or a single shape.
     Bench(bench::Args),
     /// Write a vendor's kernels as one file, with the command that compiles them.
@@ -47,6 +52,8 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args, cli.json),
         Command::Conformance(args) => conformance::run(&args, cli.json),
         Command::Decode(args) => decode::run(&args, cli.json),
+        #[cfg(feature = "onnx")]
+        Command::Export(args) => export::run(&args, cli.json),
         Command::Bench(args) => bench::run(&args, cli.json),
         Command::Kernels(args) => kernels::run(&args, cli.json),
     };
