@@ -3,6 +3,8 @@
 
 mod device;
 mod limits;
+#[cfg(feature = "cli")]
+mod mutants;
 mod shaders;
 
 use polymla::wgpu::WgpuBackend;
