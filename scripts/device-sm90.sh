@@ -88,7 +88,7 @@ step_tests() {
 20 sm90::bad_tables_and_lengths_mark_their_request_only
 25 large::caches_beyond_four_gibibytes
 20 large::more_than_four_million_accumulator_rows
-20 sm90::schedules_cover_every_block_once
+60 sm90::schedules_cover_every_block_once
 END
     [ $failures -eq 0 ]
 }
