@@ -34,8 +34,14 @@ const NVCC_VARIABLE: &str = "POLYMLA_NVCC";
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     let has = |feature: &str| env::var_os(format!("CARGO_FEATURE_{feature}")).is_some();
-    if has("HIP") || has("CUDA") {
+    if has("DRIVER") || has("CUDA") {
         portable();
+    }
+    for vendor in ["musa", "maca", "corex"] {
+        if has(&vendor.to_uppercase()) {
+            let text = files(&backend_dir(vendor));
+            fs::write(out_dir().join(format!("{vendor}_kernels.rs")), text).expect("OUT_DIR can be written");
+        }
     }
     if has("HIP") {
         hip();
@@ -154,8 +160,8 @@ fn hip() {
             let name = portable_units::binary_name("hip", arch, kib, element);
             let binary = out.join(format!("{name}.co"));
             let result = Command::new(hipcc.as_ref().expect("filtered"))
-                .args(portable_units::options(kib, define))
-                .args(portable_units::clang_options(arch))
+                .args(portable_units::hiprtc_options(arch, kib, define))
+                .args(portable_units::CLANG_OPTIONS)
                 .arg("-I")
                 .arg(&dialect)
                 .arg("-I")

@@ -245,10 +245,31 @@ pub fn registry() -> &'static [Registration] {
         },
         #[cfg(feature = "hip")]
         Registration {
-            name: crate::driver::NAME,
+            name: "hip",
             target: "AMD and Hygon through HIP (waves of 64)",
-            supports: crate::driver::supports,
-            open: || Ok(Box::new(crate::driver::hip()?)),
+            supports: |problem| crate::driver::supports("hip", problem),
+            open: || Ok(Box::new(crate::driver::open("hip")?)),
+        },
+        #[cfg(feature = "musa")]
+        Registration {
+            name: "musa",
+            target: "Moore Threads through MUSA (warps of 32 or 128)",
+            supports: |problem| crate::driver::supports("musa", problem),
+            open: || Ok(Box::new(crate::driver::open("musa")?)),
+        },
+        #[cfg(feature = "maca")]
+        Registration {
+            name: "maca",
+            target: "MetaX through MACA (waves of 64)",
+            supports: |problem| crate::driver::supports("maca", problem),
+            open: || Ok(Box::new(crate::driver::open("maca")?)),
+        },
+        #[cfg(feature = "corex")]
+        Registration {
+            name: "corex",
+            target: "Iluvatar CoreX (warps of 64)",
+            supports: |problem| crate::driver::supports("corex", problem),
+            open: || Ok(Box::new(crate::driver::open("corex")?)),
         },
         #[cfg(feature = "wgpu")]
         Registration {

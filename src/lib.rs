@@ -14,17 +14,17 @@ pub mod conformance;
 pub mod cpu;
 #[cfg(any(feature = "sm90", feature = "cuda"))]
 pub mod cuda;
-#[cfg(any(feature = "sm90", feature = "cuda", feature = "hip"))]
+#[cfg(any(feature = "sm90", feature = "cuda", feature = "driver"))]
 mod device;
-#[cfg(feature = "hip")]
+#[cfg(feature = "driver")]
 pub mod driver;
 pub mod error;
 mod host;
-#[cfg(any(feature = "sm90", feature = "cuda", feature = "hip"))]
+#[cfg(any(feature = "sm90", feature = "cuda", feature = "driver"))]
 pub mod kernels;
 #[cfg(feature = "onnx")]
 pub mod onnx;
-#[cfg(any(feature = "cuda", feature = "hip"))]
+#[cfg(any(feature = "cuda", feature = "driver"))]
 mod portable;
 pub mod problem;
 pub mod reference;

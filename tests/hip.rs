@@ -37,7 +37,7 @@ fn the_child() {
             Ok(backend) => println!("answer: opened {backend:?}"),
             Err(e) => println!("answer: {e}"),
         },
-        Some((_, arch)) => match driver::compile_kernels(arch) {
+        Some((_, arch)) => match driver::compile_kernels(driver::NAME, arch) {
             Ok(binaries) => {
                 for (element, compiled) in &binaries {
                     assert!(compiled.binary.starts_with(b"\x7fELF"), "{element}: not an ELF file");
@@ -110,7 +110,7 @@ fn the_run_time_compiler_takes_the_kernels() {
 #[test]
 fn architectures_without_waves_of_64_are_refused() {
     for arch in ["gfx1100", "gfx9", "gfx9zz", "sm_90", "", "gfx90a:xnack+"] {
-        let error = driver::kernel_source(arch).expect_err(arch).to_string();
+        let error = driver::kernel_source(driver::NAME, arch).expect_err(arch).to_string();
         assert!(error.contains("does not support arch"), "{error}");
     }
 }
@@ -118,11 +118,11 @@ fn architectures_without_waves_of_64_are_refused() {
 #[test]
 fn the_source_stands_alone() {
     for (arch, class) in [("gfx906", 64), ("gfx942", 64), ("gfx950", 163), ("gfx936", 64)] {
-        let source = driver::kernel_source(arch).expect(arch);
+        let source = driver::kernel_source(driver::NAME, arch).expect(arch);
         assert!(!source.text.contains("#include"), "{arch}: it includes another file");
         assert!(source.text.contains("polymla_schedule"));
         let names: Vec<_> = source.binaries.iter().map(|(name, _)| name.clone()).collect();
-        assert_eq!(names, [format!("hip-bf16-{arch}-{class}k"), format!("hip-f16-{arch}-{class}k")]);
+        assert_eq!(names, [format!("hip-bf16-{arch}-{class}k.co"), format!("hip-f16-{arch}-{class}k.co")]);
         for (_, options) in &source.binaries {
             assert!(options.contains(&format!("--offload-arch={arch}")), "{options:?}");
         }

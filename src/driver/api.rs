@@ -87,7 +87,7 @@ impl Api for Accelerator {
         let _current = self.enter()?;
         let mut stream = std::ptr::null_mut();
         // SAFETY: as said above.
-        unsafe { self.driver.stream_create(&raw mut stream)? };
+        unsafe { self.driver.stream_create(&raw mut stream, 0)? };
         Ok(stream)
     }
     unsafe fn stream_destroy(&self, stream: Stream) -> Result<()> {
@@ -108,7 +108,7 @@ impl Api for Accelerator {
         let _current = self.enter()?;
         let mut event = std::ptr::null_mut();
         // SAFETY: as said above.
-        unsafe { self.driver.event_create(&raw mut event)? };
+        unsafe { self.driver.event_create(&raw mut event, 0)? };
         Ok(event)
     }
     unsafe fn event_destroy(&self, event: Handle) -> Result<()> {
@@ -132,9 +132,9 @@ impl Api for Accelerator {
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
 
-    /// An ELF file, or a bundle of such, plain or compressed.
     fn is_binary(&self, bytes: &[u8]) -> bool {
-        [&b"\x7fELF"[..], b"__CLANG_OFFLOAD_BUNDLE__", b"CCOB"].iter().any(|magic| bytes.starts_with(magic))
+        let known = self.driver.vendor.magics;
+        known.is_empty() || known.iter().any(|magic| bytes.starts_with(magic))
     }
     unsafe fn module_load(&self, binary: &[u8]) -> Result<Handle> {
         let _current = self.enter()?;

@@ -7,7 +7,7 @@ use super::vendor::Vendor;
 use crate::backend::Unsupported;
 use crate::error::{MlaError, Result};
 use crate::kernels::Compilers;
-use crate::portable::{Kernels, PortableBackend, TileClass};
+use crate::portable::{Kernels, PortableBackend};
 
 /// Opens a device, or the first that the kernels run on.
 ///
@@ -36,11 +36,17 @@ fn on(device: Arc<Accelerator>) -> Result<PortableBackend> {
     let refuse = |param, value: String, limit: &str| {
         MlaError::from(Unsupported { backend: vendor.platform, param, value, limit: limit.into() })
     };
-    if facts.warp_size != vendor.warp {
-        return Err(refuse("warp size", facts.warp_size.to_string(), &vendor.warp.to_string()));
+    if !vendor.warps.contains(&facts.warp_size) {
+        let limit: Vec<_> = vendor.warps.iter().map(ToString::to_string).collect();
+        return Err(refuse("warp size", facts.warp_size.to_string(), &limit.join(" or ")));
     }
-    let class = TileClass::of(facts.warp_size, facts.shared_memory_per_block)
-        .ok_or_else(|| refuse("shared memory a block", facts.shared_memory_per_block.to_string(), "64 KiB or more"))?;
+    let class = (vendor.class)(facts.warp_size, facts.shared_memory_per_block).ok_or_else(|| {
+        refuse(
+            "shared memory a block",
+            facts.shared_memory_per_block.to_string(),
+            "64 KiB or more; 28 where warps have 128 lanes",
+        )
+    })?;
     let compilers = Compilers::new(vendor.compiler, vendor.compilers([driver.library.clone().into()]));
     let device: Arc<dyn crate::device::Api> = device;
     let kernels = Kernels::new(&device, &vendor.kernels, facts.arch.clone(), class, compilers)?;

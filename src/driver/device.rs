@@ -5,6 +5,8 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use super::table::Driver;
+use super::vendor::Arch;
+use crate::device::Handle;
 use crate::error::{MlaError, Result};
 
 /// What a device is. Everything is asked, nothing assumed.
@@ -23,7 +25,14 @@ pub(super) struct Facts {
 pub(super) struct Accelerator {
     pub(super) driver: &'static Driver,
     pub(super) facts: Facts,
+    /// Where contexts are made current: the device's primary one, never released.
+    context: Option<Handle>,
 }
+
+// SAFETY: a context may be used from any thread; its handle is a plain value to the driver.
+unsafe impl Send for Accelerator {}
+// SAFETY: as above.
+unsafe impl Sync for Accelerator {}
 
 /// More than any version's struct of device properties has (ROCm 5: 792 bytes, ROCm 6: 1472).
 const PROPERTIES_BYTES: usize = 16 * 1024;
@@ -35,22 +44,37 @@ impl Accelerator {
     /// [`MlaError::Platform`].
     pub(super) fn open(driver: &'static Driver, ordinal: u32) -> Result<Arc<Accelerator>> {
         let index = c_int::try_from(ordinal).unwrap_or(c_int::MAX);
+        let (mut device, mut context) = (index, None);
+        if driver.table.retain_context.is_some() {
+            let mut handle: Handle = std::ptr::null_mut();
+            // SAFETY: pointers to locals; an ordinal out of range is an error code.
+            unsafe {
+                driver.device_get(&raw mut device, index)?;
+                driver.retain_context(&raw mut handle, device)?;
+            }
+            context = Some(handle);
+        }
         let attributes = &driver.vendor.attributes;
         let attribute = |attribute| -> Result<u32> {
             let mut value: c_int = 0;
             // SAFETY: a pointer to a local; an ordinal out of range is an error code.
-            unsafe { driver.device_attribute(&raw mut value, attribute, index)? };
+            unsafe { driver.device_attribute(&raw mut value, attribute, device)? };
             Ok(value.unsigned_abs())
         };
         let facts = Facts {
             warp_size: attribute(attributes.warp_size)?,
             multiprocessors: attribute(attributes.multiprocessors)?,
             shared_memory_per_block: attribute(attributes.shared_memory_per_block)?,
-            name: name(driver, index)?,
-            arch: arch(driver, index)?,
+            name: name(driver, device)?,
+            arch: match driver.vendor.arch {
+                Arch::InProperties(prefix) => arch(driver, device, prefix)?,
+                Arch::Capability(prefix, [major, minor]) => {
+                    format!("{prefix}{}{}", attribute(major)?, attribute(minor)?)
+                }
+            },
             ordinal,
         };
-        Ok(Arc::new(Accelerator { driver, facts }))
+        Ok(Arc::new(Accelerator { driver, facts, context }))
     }
 
     /// Makes this device current on this thread until the guard is dropped, then the one that was current before.
@@ -58,31 +82,57 @@ impl Accelerator {
     /// # Errors
     /// [`MlaError::Platform`].
     pub(super) fn enter(&self) -> Result<Guard> {
-        let (mut before, mine) = (0, self.facts.ordinal as c_int);
-        // SAFETY: a pointer to a local; an ordinal that was opened.
-        unsafe {
-            self.driver.get_device(&raw mut before)?;
-            if before != mine {
-                self.driver.set_device(mine)?;
+        let driver = self.driver;
+        let mut before = Before::Same;
+        if let Some(mine) = self.context {
+            let mut context: Handle = std::ptr::null_mut();
+            // SAFETY: a pointer to a local; a context that was retained.
+            unsafe {
+                driver.get_context(&raw mut context)?;
+                if context != mine {
+                    driver.set_context(mine)?;
+                    before = Before::Context(context);
+                }
+            }
+        } else {
+            let (mut device, mine) = (0, self.facts.ordinal as c_int);
+            // SAFETY: a pointer to a local; an ordinal that was opened.
+            unsafe {
+                driver.get_device(&raw mut device)?;
+                if device != mine {
+                    driver.set_device(mine)?;
+                    before = Before::Device(device);
+                }
             }
         }
-        Ok(Guard { driver: self.driver, before: (before != mine).then_some(before), not_send: PhantomData })
+        Ok(Guard { driver, before, not_send: PhantomData })
     }
+}
+
+/// What was current before a guard.
+enum Before {
+    Same,
+    Device(c_int),
+    Context(Handle),
 }
 
 /// A device that is current on this thread. It stays on the thread that made it.
 pub(super) struct Guard {
     driver: &'static Driver,
-    before: Option<c_int>,
+    before: Before,
     not_send: PhantomData<*const ()>,
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some(before) = self.before {
-            // SAFETY: the device that was current when the guard was made.
-            let _ = unsafe { self.driver.set_device(before) };
-        }
+        // SAFETY: what was current when the guard was made.
+        let _ = unsafe {
+            match self.before {
+                Before::Same => Ok(()),
+                Before::Device(device) => self.driver.set_device(device),
+                Before::Context(context) => self.driver.set_context(context),
+            }
+        };
     }
 }
 
@@ -96,11 +146,10 @@ fn name(driver: &Driver, ordinal: c_int) -> Result<String> {
 
 /// The architecture's name. It stands in the struct of properties, at a place that differs between versions; so it is
 /// looked for by what it looks like.
-fn arch(driver: &Driver, ordinal: c_int) -> Result<String> {
+fn arch(driver: &Driver, ordinal: c_int, prefix: &str) -> Result<String> {
     let mut properties = vec![0u64; PROPERTIES_BYTES / 8];
     // SAFETY: the driver writes the struct of its version, which is shorter than the buffer.
     unsafe { driver.device_properties(properties.as_mut_ptr().cast::<c_void>(), ordinal)? };
-    let prefix = driver.vendor.arch_prefix;
     find_arch(bytemuck::cast_slice(&properties), prefix).ok_or_else(|| MlaError::Platform {
         backend: driver.vendor.platform,
         call: driver.vendor.symbols.device_properties[0],

@@ -5,9 +5,9 @@
 use std::sync::OnceLock;
 
 use super::table::{Driver, Symbols};
-use super::vendor::{Attributes, Vendor};
+use super::vendor::{Arch, Attributes, Vendor};
 use crate::kernels::Names;
-use crate::portable::{Dialect, units};
+use crate::portable::{Dialect, TileClass, units};
 
 /// The feature's, the backend's and the platform's name.
 pub const NAME: &str = "hip";
@@ -30,6 +30,10 @@ pub(super) static SYMBOLS: Symbols = Symbols {
     device_count: &["hipGetDeviceCount"],
     get_device: &["hipGetDevice"],
     set_device: &["hipSetDevice"],
+    device_get: &[],
+    retain_context: &[],
+    get_context: &[],
+    set_context: &[],
     device_attribute: &["hipDeviceGetAttribute"],
     device_name: &["hipDeviceGetName"],
     // ROCm 6 changed the struct, and gave the function that fills the new one a new name.
@@ -45,10 +49,10 @@ pub(super) static SYMBOLS: Symbols = Symbols {
     fill_bytes: &["hipMemsetD8Async"],
     fill_words: &["hipMemsetD32Async"],
     synchronize: &["hipDeviceSynchronize"],
-    stream_create: &["hipStreamCreate"],
+    stream_create: &["hipStreamCreateWithFlags"],
     stream_destroy: &["hipStreamDestroy"],
     stream_synchronize: &["hipStreamSynchronize"],
-    event_create: &["hipEventCreate"],
+    event_create: &["hipEventCreateWithFlags"],
     event_destroy: &["hipEventDestroy"],
     event_record: &["hipEventRecord"],
     event_synchronize: &["hipEventSynchronize"],
@@ -100,7 +104,7 @@ pub(super) static VENDOR: Vendor = Vendor {
         options: units::hiprtc_options,
         extension: "co",
     },
-    warp: 64,
+    warps: &[64],
     attributes: ATTRIBUTES,
     host_alloc_flags: HOST_ALLOC_FLAGS,
     compiler: &COMPILER,
@@ -111,7 +115,11 @@ pub(super) static VENDOR: Vendor = Vendor {
     } else {
         &["libhiprtc.so.7", "libhiprtc.so.6", "libhiprtc.so.5", "libhiprtc.so"]
     },
-    arch_prefix: "gfx",
+    arch: Arch::InProperties("gfx"),
+    class: |warp, shared| TileClass::of(warp, shared),
+    // An ELF file, or a bundle of such, plain or compressed.
+    magics: &[b"\x7fELF", b"__CLANG_OFFLOAD_BUNDLE__", b"CCOB"],
+    text_by_pointer: false,
     max_grid_threads: u32::MAX as u64,
     driver: OnceLock::new(),
     open,

@@ -24,11 +24,15 @@ pub(super) fn table() -> Table {
         init: linked!(hipInit),
         version: linked!(hipRuntimeGetVersion),
         device_count: linked!(hipGetDeviceCount),
-        get_device: linked!(hipGetDevice),
-        set_device: linked!(hipSetDevice),
+        get_device: Some(linked!(hipGetDevice)),
+        set_device: Some(linked!(hipSetDevice)),
+        device_get: None,
+        retain_context: None,
+        get_context: None,
+        set_context: None,
         device_attribute: linked!(hipDeviceGetAttribute),
         device_name: linked!(hipDeviceGetName),
-        device_properties: linked!(hipGetDeviceProperties),
+        device_properties: Some(linked!(hipGetDeviceProperties)),
         alloc: linked!(hipMalloc),
         free: linked!(hipFree),
         host_alloc: linked!(hipHostMalloc),
@@ -40,10 +44,10 @@ pub(super) fn table() -> Table {
         fill_bytes: linked!(hipMemsetD8Async),
         fill_words: linked!(hipMemsetD32Async),
         synchronize: linked!(hipDeviceSynchronize),
-        stream_create: linked!(hipStreamCreate),
+        stream_create: linked!(hipStreamCreateWithFlags),
         stream_destroy: linked!(hipStreamDestroy),
         stream_synchronize: linked!(hipStreamSynchronize),
-        event_create: linked!(hipEventCreate),
+        event_create: linked!(hipEventCreateWithFlags),
         event_destroy: linked!(hipEventDestroy),
         event_record: linked!(hipEventRecord),
         event_synchronize: linked!(hipEventSynchronize),
@@ -98,10 +102,10 @@ mod tests {
         let _: unsafe extern "C" fn(hip::hipDeviceptr_t, c_int, usize, hip::hipStream_t) -> Error =
             hip::hipMemsetD32Async;
         let _: unsafe extern "C" fn() -> Error = hip::hipDeviceSynchronize;
-        let _: unsafe extern "C" fn(*mut hip::hipStream_t) -> Error = hip::hipStreamCreate;
+        let _: unsafe extern "C" fn(*mut hip::hipStream_t, c_uint) -> Error = hip::hipStreamCreateWithFlags;
         let _: unsafe extern "C" fn(hip::hipStream_t) -> Error = hip::hipStreamDestroy;
         let _: unsafe extern "C" fn(hip::hipStream_t) -> Error = hip::hipStreamSynchronize;
-        let _: unsafe extern "C" fn(*mut hip::hipEvent_t) -> Error = hip::hipEventCreate;
+        let _: unsafe extern "C" fn(*mut hip::hipEvent_t, c_uint) -> Error = hip::hipEventCreateWithFlags;
         let _: unsafe extern "C" fn(hip::hipEvent_t) -> Error = hip::hipEventDestroy;
         let _: unsafe extern "C" fn(hip::hipEvent_t, hip::hipStream_t) -> Error = hip::hipEventRecord;
         let _: unsafe extern "C" fn(hip::hipEvent_t) -> Error = hip::hipEventSynchronize;

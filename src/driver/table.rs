@@ -24,11 +24,13 @@ pub(super) type Code = c_int;
 macro_rules! table {
     (
         unchecked { $($text:ident: fn($($text_type:ty),*) -> $text_result:ty;)* }
+        optional { $($(#[$some_doc:meta])* $some:ident($($some_arg:ident: $some_type:ty),* $(,)?);)* }
         checked { $($(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),* $(,)?);)* }
     ) => {
-        /// A vendor's names; where a function was renamed, the newest first.
+        /// A vendor's names; where a function was renamed, the newest first. None for an optional one that it lacks.
         #[derive(Debug)]
         pub(super) struct Symbols {
+            $(pub(super) $some: &'static [&'static str],)*
             $(pub(super) $text: &'static [&'static str],)*
             $(pub(super) $name: &'static [&'static str],)*
         }
@@ -36,6 +38,7 @@ macro_rules! table {
         /// The functions.
         #[derive(Clone, Copy)]
         pub(super) struct Table {
+            $(pub(super) $some: Option<unsafe extern "C" fn($($some_type),*) -> Code>,)*
             $(pub(super) $text: unsafe extern "C" fn($($text_type),*) -> $text_result,)*
             $(pub(super) $name: unsafe extern "C" fn($($type),*) -> Code,)*
         }
@@ -45,6 +48,11 @@ macro_rules! table {
             /// The functions of these names in `library` must have the signatures of the table.
             pub(super) unsafe fn load(library: &Library, symbols: &Symbols) -> std::result::Result<Table, String> {
                 Ok(Table {
+                    $($some: match symbols.$some {
+                        [] => None,
+                        // SAFETY: the caller's promise.
+                        names => Some(unsafe { find(library, names)? }),
+                    },)*
                     // SAFETY: the caller's promise.
                     $($text: unsafe { find(library, symbols.$text)? },)*
                     // SAFETY: the caller's promise.
@@ -54,6 +62,21 @@ macro_rules! table {
         }
 
         impl Driver {
+            $(
+                $(#[$some_doc])*
+                ///
+                /// # Safety
+                /// As the vendor's header says of this function.
+                pub(super) unsafe fn $some(&self, $($some_arg: $some_type),*) -> Result<()> {
+                    let Some(function) = self.table.$some else {
+                        let (backend, message) = (self.vendor.platform, "this driver has no such call".into());
+                        return Err(MlaError::Platform { backend, call: stringify!($some), message });
+                    };
+                    // SAFETY: the caller's promise.
+                    let code = unsafe { function($($some_arg),*) };
+                    self.check(self.vendor.symbols.$some[0], code)
+                }
+            )*
             $(
                 $(#[$doc])*
                 ///
@@ -75,6 +98,22 @@ table! {
         error_name: fn(Code) -> *const c_char;
         error_string: fn(Code) -> *const c_char;
     }
+    optional {
+        /// The device current on this thread, where devices are made current.
+        get_device(ordinal: *mut c_int);
+        /// Makes a device current on this thread.
+        set_device(ordinal: c_int);
+        /// The device of an ordinal, where contexts are made current.
+        device_get(device: *mut c_int, ordinal: c_int);
+        /// The device's primary context.
+        retain_context(context: *mut Handle, device: c_int);
+        /// The context current on this thread.
+        get_context(context: *mut Handle);
+        /// Makes a context current on this thread.
+        set_context(context: Handle);
+        /// All properties, in a struct whose layout depends on the version.
+        device_properties(properties: *mut c_void, ordinal: c_int);
+    }
     checked {
         /// Initialises the driver.
         init(flags: c_uint);
@@ -82,16 +121,10 @@ table! {
         version(version: *mut c_int);
         /// Counts devices.
         device_count(count: *mut c_int);
-        /// The device current on this thread.
-        get_device(ordinal: *mut c_int);
-        /// Makes a device current on this thread.
-        set_device(ordinal: c_int);
         /// One property, by the vendor's number.
         device_attribute(value: *mut c_int, attribute: c_int, ordinal: c_int);
         /// The device's name, null-terminated.
         device_name(name: *mut c_char, length: c_int, ordinal: c_int);
-        /// All properties, in a struct whose layout depends on the version.
-        device_properties(properties: *mut c_void, ordinal: c_int);
         /// Allocates memory of the current device.
         alloc(address: *mut u64, bytes: usize);
         /// Frees it, after the work that uses it.
@@ -115,13 +148,13 @@ table! {
         /// Waits for the current device.
         synchronize();
         /// Makes a stream.
-        stream_create(stream: *mut Handle);
+        stream_create(stream: *mut Handle, flags: c_uint);
         /// Destroys it.
         stream_destroy(stream: Handle);
         /// Waits for it.
         stream_synchronize(stream: Handle);
         /// Makes an event that can be timed.
-        event_create(event: *mut Handle);
+        event_create(event: *mut Handle, flags: c_uint);
         /// Destroys it.
         event_destroy(event: Handle);
         /// Enqueues it.
@@ -251,8 +284,21 @@ impl Driver {
             return Ok(());
         }
         let text = |f: unsafe extern "C" fn(Code) -> *const c_char| {
-            // SAFETY: the function takes any code, and returns a static string or null.
-            let pointer = unsafe { f(code) };
+            let pointer = if self.vendor.text_by_pointer {
+                type ByPointer = unsafe extern "C" fn(Code, *mut *const c_char) -> Code;
+                let mut pointer = std::ptr::null();
+                // SAFETY: this vendor's functions have that signature: they store a static string, or null.
+                let code = unsafe {
+                    std::mem::transmute::<unsafe extern "C" fn(Code) -> *const c_char, ByPointer>(f)(
+                        code,
+                        &raw mut pointer,
+                    )
+                };
+                if code == 0 { pointer } else { std::ptr::null() }
+            } else {
+                // SAFETY: the function takes any code, and returns a static string or null.
+                unsafe { f(code) }
+            };
             // SAFETY: as above.
             (!pointer.is_null()).then(|| unsafe { CStr::from_ptr(pointer) }.to_string_lossy().into_owned())
         };

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use super::table::{Driver, Symbols};
 use crate::kernels::Names;
-use crate::portable::Dialect;
+use crate::portable::{Dialect, TileClass};
 
 /// A vendor whose programming interface has the shape of [`super::table`].
 pub(super) struct Vendor {
@@ -21,9 +21,11 @@ pub(super) struct Vendor {
     /// Folders to look in beside the loader's path: an environment variable with its default, and what follows it.
     pub(super) folders: &'static [(&'static str, &'static str, &'static str)],
     pub(super) symbols: &'static Symbols,
-    /// The kernels in this vendor's dialect, and the lanes of a warp that it is written for.
+    /// The kernels in this vendor's dialect, and the lanes of a warp that it may be compiled for.
     pub(super) kernels: Dialect,
-    pub(super) warp: u32,
+    pub(super) warps: &'static [u32],
+    /// The tile class for lanes of a warp and bytes of shared memory a block.
+    pub(super) class: fn(u32, u32) -> Option<TileClass>,
     pub(super) attributes: Attributes,
     /// Flags of a host allocation that kernels can reach, from every context.
     pub(super) host_alloc_flags: u32,
@@ -31,14 +33,26 @@ pub(super) struct Vendor {
     pub(super) compiler: &'static Names,
     pub(super) compiler_variable: &'static str,
     pub(super) compiler_libraries: &'static [&'static str],
-    /// How an architecture's name begins in the properties of a device.
-    pub(super) arch_prefix: &'static str,
+    /// How a device says what it is.
+    pub(super) arch: Arch,
+    /// How a binary begins; empty where that is not known.
+    pub(super) magics: &'static [&'static [u8]],
+    /// The functions for the words of a code store a pointer to them, instead of returning it.
+    pub(super) text_by_pointer: bool,
     /// Most threads of a launch, all blocks together.
     pub(super) max_grid_threads: u64,
     /// The driver of this process; made by the first call.
     pub(super) driver: OnceLock<std::result::Result<Driver, String>>,
     /// How the driver is had.
     pub(super) open: fn(&'static Vendor) -> std::result::Result<Driver, String>,
+}
+
+/// Where the name of a device's architecture comes from.
+pub(super) enum Arch {
+    /// It stands in the struct of properties, and begins like this.
+    InProperties(&'static str),
+    /// This, with the digits of the compute capability, whose attributes have these numbers.
+    Capability(&'static str, [c_int; 2]),
 }
 
 /// The vendor's numbers of device attributes.

@@ -20,6 +20,6 @@ pub(crate) use obtain::{Compilers, Job, Origin, Supplies};
 pub use rtc::Compiled;
 #[cfg(any(feature = "sm90", all(test, feature = "cuda")))]
 pub(crate) use rtc::Compiler;
-#[cfg(feature = "hip")]
+#[cfg(feature = "driver")]
 pub(crate) use rtc::loader_words;
 pub(crate) use rtc::{Names, Source};

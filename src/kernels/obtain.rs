@@ -94,7 +94,7 @@ impl Job<'_> {
     ///
     /// # Errors
     /// [`MlaError::Platform`] with the compiler's log, or with everything that was tried.
-    #[cfg(feature = "hip")]
+    #[cfg(feature = "driver")]
     pub(crate) fn compile_with(&self, compilers: &Compilers) -> Result<Compiled> {
         let (found, missing) = compilers.get();
         let compiler = found

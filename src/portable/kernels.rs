@@ -8,7 +8,7 @@ use super::tiles::TileClass;
 use super::units::{ELEMENTS, binary_name};
 use crate::device::{Api, Module};
 use crate::error::{MlaError, Result};
-#[cfg(feature = "hip")]
+#[cfg(feature = "driver")]
 use crate::kernels::Compiled;
 use crate::kernels::{Compilers, DiskCache, Job, Source, Supplies, sources_of_environment};
 use crate::tensor::DType;
@@ -47,7 +47,7 @@ impl Dialect {
     ///
     /// # Errors
     /// [`MlaError::Platform`] with the compiler's log.
-    #[cfg(feature = "hip")]
+    #[cfg(feature = "driver")]
     pub(crate) fn compile(&self, compilers: &Compilers, arch: &str, kib: u32) -> Result<Vec<(&'static str, Compiled)>> {
         let text = self.source()?;
         let one = |(element, define): (&'static str, &str)| {

@@ -52,14 +52,45 @@ pub(crate) fn hiprtc_options(arch: &str, kib: u32, element: &str) -> Vec<String>
     options
 }
 
+/// The lanes of a warp and the tile class of a Moore Threads architecture; `None` where it is unknown.
+#[allow(dead_code, reason = "for the MUSA backend; build.rs includes this file too")]
+pub(crate) fn musa_shape(arch: &str) -> Option<(u32, u32)> {
+    match arch {
+        "mp_21" | "mp_22" => Some((128, 28)),
+        "mp_31" => Some((32, 64)),
+        _ => None,
+    }
+}
+
+/// What libmtrtc is told. The lanes of a warp follow from the class: only the smallest has 128.
+#[allow(dead_code, reason = "for the MUSA backend; build.rs includes this file too")]
+pub(crate) fn musa_options(arch: &str, kib: u32, element: &str) -> Vec<String> {
+    let mut options = options(kib, element);
+    options.push(format!("-DPM_WARP={}", if kib == 28 { 128 } else { 32 }));
+    options.push(format!("--offload-arch={arch}"));
+    options
+}
+
+/// What mcrtc is told: nothing about the architecture, which it takes from the device.
+#[allow(dead_code, reason = "for the MACA backend; build.rs includes this file too")]
+pub(crate) fn maca_options(_arch: &str, kib: u32, element: &str) -> Vec<String> {
+    options(kib, element)
+}
+
+/// What CoreX's clang is told.
+#[allow(dead_code, reason = "for the CoreX backend; build.rs includes this file too")]
+pub(crate) fn corex_options(arch: &str, kib: u32, element: &str) -> Vec<String> {
+    let mut options = options(kib, element);
+    options.push(format!("--cuda-gpu-arch={arch}"));
+    options
+}
+
 /// The name of a binary, without its extension.
 pub(crate) fn binary_name(vendor: &str, arch: &str, kib: u32, element: &str) -> String {
     format!("{vendor}-{element}-{arch}-{kib}k")
 }
 
-/// What clang and hipcc are told beside [`options`]: the source needs no headers and no library of the platform.
+/// What clang and hipcc are told beside [`hiprtc_options`]: the source needs no headers and no library of the platform.
 #[allow(dead_code, reason = "for the command line and for build.rs")]
-pub(crate) fn clang_options(arch: &str) -> Vec<String> {
-    let fixed = ["-x", "hip", "--cuda-device-only", "--no-gpu-bundle-output", "-nogpuinc", "-nogpulib"];
-    fixed.iter().map(|o| (*o).to_string()).chain([format!("--offload-arch={arch}")]).collect()
-}
+pub(crate) const CLANG_OPTIONS: [&str; 6] =
+    ["-x", "hip", "--cuda-device-only", "--no-gpu-bundle-output", "-nogpuinc", "-nogpulib"];

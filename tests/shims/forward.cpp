@@ -9,7 +9,9 @@
 //   SHIM(name)             the vendor's name of a driver function, by our own name for it (src/driver/table.rs)
 //   SHIM_RTC(name)         of a function of the run-time compiler (src/kernels/rtc.rs)
 //   SHIM_WARP, SHIM_SHARED_KIB, SHIM_WARP_ATTRIBUTE, SHIM_SHARED_ATTRIBUTE, SHIM_PROCESSORS_ATTRIBUTE
-//   SHIM_PROPERTIES        fills the vendor's struct of properties
+//   SHIM_PROPERTIES        fills the vendor's struct of properties; or
+//   SHIM_CAPABILITY(minor), SHIM_CAPABILITY_ATTRIBUTES     the compute capability and the numbers of its attributes
+//   SHIM_CONTEXTS          defined where the vendor's driver has CUDA's contexts and CUDA's way with words of codes
 //   SHIM_ARCH_OPTION       how its compiler is told the architecture: must be there
 //   SHIM_PRELUDE           source before ours: the vendor's builtins in CUDA's words
 #include <dlfcn.h>
@@ -51,6 +53,9 @@ const std::vector<const char*> COMPILER = {"libnvrtc.so.13", "libnvrtc.so.12", "
 
 // CUDA wants a context where these drivers have a current device: the primary one, made current by every call.
 thread_local int current = 0;
+#ifdef SHIM_CONTEXTS
+int enter() { return 0; }
+#else
 int enter() {
     static std::mutex lock;
     static std::map<int, Handle> contexts;
@@ -62,6 +67,7 @@ int enter() {
         if (int code = retain(&context, current)) return code;
     return set(context);
 }
+#endif
 
 int device_attribute(int* value, int attribute, int device) {
     static const auto get = find<int (*)(int*, int, int)>(DRIVER, "cuDeviceGetAttribute");
@@ -82,8 +88,13 @@ const char* text(int code, const char* function) {
 API int polymla_stand_in_tier() { return 4; }
 
 // ---- driver -------------------------------------------------------------------------------------
+#ifdef SHIM_CONTEXTS
+API int SHIM(error_name)(int code, const char** words) { return (*words = text(code, "cuGetErrorName")) ? 0 : 1; }
+API int SHIM(error_string)(int code, const char** words) { return (*words = text(code, "cuGetErrorString")) ? 0 : 1; }
+#else
 API const char* SHIM(error_name)(int code) { return text(code, "cuGetErrorName"); }
 API const char* SHIM(error_string)(int code) { return text(code, "cuGetErrorString"); }
+#endif
 API int SHIM(init)(unsigned flags) {
     static const auto function = find<int (*)(unsigned)>(DRIVER, "cuInit");
     return function(flags);
@@ -96,6 +107,25 @@ API int SHIM(device_count)(int* count) {
     static const auto function = find<int (*)(int*)>(DRIVER, "cuDeviceGetCount");
     return function(count);
 }
+#ifdef SHIM_CONTEXTS
+// The host makes contexts current by itself; here they are CUDA's own.
+API int SHIM(device_get)(int* device, int ordinal) {
+    static const auto function = find<int (*)(int*, int)>(DRIVER, "cuDeviceGet");
+    return function(device, ordinal);
+}
+API int SHIM(retain_context)(Handle* context, int device) {
+    static const auto function = find<int (*)(Handle*, int)>(DRIVER, "cuDevicePrimaryCtxRetain");
+    return function(context, device);
+}
+API int SHIM(get_context)(Handle* context) {
+    static const auto function = find<int (*)(Handle*)>(DRIVER, "cuCtxGetCurrent");
+    return function(context);
+}
+API int SHIM(set_context)(Handle context) {
+    static const auto function = find<int (*)(Handle)>(DRIVER, "cuCtxSetCurrent");
+    return function(context);
+}
+#else
 API int SHIM(get_device)(int* device) { return *device = current, 0; }
 API int SHIM(set_device)(int device) {
     int count = 0;
@@ -104,12 +134,18 @@ API int SHIM(set_device)(int device) {
     current = device;
     return 0;
 }
+#endif
 API int SHIM(device_attribute)(int* value, int attribute, int device) {
     switch (attribute) {
         case SHIM_WARP_ATTRIBUTE: return *value = SHIM_WARP, 0;
         case SHIM_SHARED_ATTRIBUTE: return *value = SHIM_SHARED_KIB * 1024, 0;
         case SHIM_PROCESSORS_ATTRIBUTE: return device_attribute(value, 16, device);
     }
+#ifdef SHIM_CAPABILITY
+    const int capability[] = {SHIM_CAPABILITY_ATTRIBUTES};
+    for (int minor = 0; minor < 2; ++minor)
+        if (attribute == capability[minor]) return *value = SHIM_CAPABILITY(minor), 0;
+#endif
     return 1;
 }
 API int SHIM(device_name)(char* name, int length, int device) {
@@ -119,11 +155,12 @@ API int SHIM(device_name)(char* name, int length, int device) {
     std::snprintf(name, size_t(length), "%s standing in", real);
     return 0;
 }
-API int SHIM(device_properties)(void* properties, int device) {
-    (void)device;
+#ifdef SHIM_PROPERTIES
+API int SHIM(device_properties)(void* properties, int) {
     SHIM_PROPERTIES(properties);
     return 0;
 }
+#endif
 API int SHIM(alloc)(uint64_t* address, size_t bytes) { FORWARD(cuMemAlloc_v2, uint64_t*, size_t)(address, bytes); }
 API int SHIM(free)(uint64_t address) { FORWARD(cuMemFree_v2, uint64_t)(address); }
 API int SHIM(host_alloc)(void** p, size_t bytes, unsigned flags) {
@@ -154,10 +191,10 @@ API int SHIM(synchronize)() {
     if (int code = enter()) return code;
     return function();
 }
-API int SHIM(stream_create)(Handle* s) { FORWARD(cuStreamCreate, Handle*, unsigned)(s, 0); }
+API int SHIM(stream_create)(Handle* s, unsigned flags) { FORWARD(cuStreamCreate, Handle*, unsigned)(s, flags); }
 API int SHIM(stream_destroy)(Handle s) { FORWARD(cuStreamDestroy_v2, Handle)(s); }
 API int SHIM(stream_synchronize)(Handle s) { FORWARD(cuStreamSynchronize, Handle)(s); }
-API int SHIM(event_create)(Handle* e) { FORWARD(cuEventCreate, Handle*, unsigned)(e, 0); }
+API int SHIM(event_create)(Handle* e, unsigned flags) { FORWARD(cuEventCreate, Handle*, unsigned)(e, flags); }
 API int SHIM(event_destroy)(Handle e) { FORWARD(cuEventDestroy_v2, Handle)(e); }
 API int SHIM(event_record)(Handle e, Handle s) { FORWARD(cuEventRecord, Handle, Handle)(e, s); }
 API int SHIM(event_synchronize)(Handle e) { FORWARD(cuEventSynchronize, Handle)(e); }
@@ -201,7 +238,8 @@ API int SHIM_RTC(compile)(Handle p, int count, const char** options) {
     for (int i = 0; i < count; ++i) {
         const bool is_arch = std::strncmp(options[i], SHIM_ARCH_OPTION, std::strlen(SHIM_ARCH_OPTION)) == 0;
         arch |= is_arch;
-        if (!is_arch && std::strcmp(options[i], "-O3") != 0) ours.push_back(options[i]);
+        const bool keep = !is_arch || std::strncmp(options[i], "-std=", 5) == 0;
+        if (keep && std::strcmp(options[i], "-O3") != 0) ours.push_back(options[i]);
     }
     if (!arch) return 5;        // NVRTC_ERROR_INVALID_OPTION
     int major = 0, minor = 0;

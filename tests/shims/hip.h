@@ -24,10 +24,10 @@
 #define SHIM_fill_bytes hipMemsetD8Async
 #define SHIM_fill_words hipMemsetD32Async
 #define SHIM_synchronize hipDeviceSynchronize
-#define SHIM_stream_create hipStreamCreate
+#define SHIM_stream_create hipStreamCreateWithFlags
 #define SHIM_stream_destroy hipStreamDestroy
 #define SHIM_stream_synchronize hipStreamSynchronize
-#define SHIM_event_create hipEventCreate
+#define SHIM_event_create hipEventCreateWithFlags
 #define SHIM_event_destroy hipEventDestroy
 #define SHIM_event_record hipEventRecord
 #define SHIM_event_synchronize hipEventSynchronize

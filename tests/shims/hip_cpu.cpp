@@ -116,10 +116,10 @@ API int hipMemsetD32Async(void* to, int value, size_t n, void* stream) {
     return 0;
 }
 API int hipDeviceSynchronize() { return 0; }
-API int hipStreamCreate(void** s) { return make(s, handles); }
+API int hipStreamCreateWithFlags(void** s, unsigned flags) { return flags ? INVALID : make(s, handles); }
 API int hipStreamDestroy(void* s) { return drop(s, handles); }
 API int hipStreamSynchronize(void* s) { return stream_lives(s) ? 0 : INVALID; }
-API int hipEventCreate(void** e) { return make(e, handles); }
+API int hipEventCreateWithFlags(void** e, unsigned flags) { return flags ? INVALID : make(e, handles); }
 API int hipEventDestroy(void* e) { return drop(e, handles); }
 API int hipEventRecord(void* e, void* s) { return e && stream_lives(e) && stream_lives(s) ? 0 : INVALID; }
 API int hipEventSynchronize(void* e) { return e && stream_lives(e) ? 0 : INVALID; }

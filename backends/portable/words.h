@@ -1,0 +1,77 @@
+// The words of a dialect in plain CUDA C++, for compilers that follow it and have instructions of their own: no inline
+// assembly, no vendor header. Included by backends/{musa,maca,corex}/dialect.h, which define PM_WARP and PM_SHFL_XOR.
+//
+// common.h says what each of these names has to do.
+#pragma once
+
+#define PM_DEV __device__ __forceinline__
+#define PM_GLOBAL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define PM_SHARED_DYNAMIC(name) extern __shared__ __attribute__((aligned(128))) char name[]
+
+#include "params.h"
+
+namespace polymla {
+
+PM_DEV int pm_thread() { return int(threadIdx.x); }
+PM_DEV int pm_block() { return int(blockIdx.x); }
+PM_DEV void pm_sync() { __syncthreads(); }
+PM_DEV float pm_shfl_xor(float x, int lanes) { return PM_SHFL_XOR(x, lanes); }
+PM_DEV void pm_atomic_min(int* at, int value) { (void)atomicMin(at, value); }
+PM_DEV float pm_exp2(float x) { return exp2f(x); }
+PM_DEV float pm_log2(float x) { return log2f(x); }
+
+// ---- conversions, from the formats' definitions: half types differ from vendor to vendor ----------
+union WordBits {
+    float f;
+    u32 u;
+};
+PM_DEV float pm_f16_to_float(u16 x) {
+    const u32 exponent = (x >> 10) & 31u, mantissa = x & 1023u;
+    WordBits v;
+    if (exponent == 0)
+        v.f = float(int(mantissa)) * 5.9604644775390625e-8f;        // 2^-24
+    else
+        v.u = exponent == 31 ? 0x7f800000u | (mantissa << 13) : ((exponent + 112u) << 23) | (mantissa << 13);
+    v.u |= u32(x & 0x8000u) << 16;
+    return v.f;
+}
+// To nearest, ties to even; too large is infinity, NaN stays NaN.
+PM_DEV u16 pm_float_to_f16(float x) {
+    WordBits v;
+    v.f = x;
+    const u32 sign = (v.u >> 16) & 0x8000u;
+    v.u &= 0x7fffffffu;
+    if (v.u > 0x7f800000u) return u16(sign | 0x7e00u);
+    if (v.u >= 0x47800000u) return u16(sign | 0x7c00u);             // 65536 and more
+    if (v.u < 0x38800000u) {                                        // subnormal: 0.5 has its last place at 2^-24
+        v.f += 0.5f;
+        return u16(sign | (v.u - 0x3f000000u));
+    }
+    return u16(sign | ((v.u - 0x38000000u + 0xfffu + ((v.u >> 13) & 1u)) >> 13));
+}
+PM_DEV u32 pm_round_bf16(float x) {
+    WordBits v;
+    v.f = x;
+    return x != x ? (v.u >> 16) | 0x40u : (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
+}
+PM_DEV u32 pm_pack_bf16(float lo, float hi) { return pm_round_bf16(lo) | (pm_round_bf16(hi) << 16); }
+
+// 16 bytes, or zeros where `valid` is false; then `src` is not read. Through registers: complete when the next barrier is.
+struct alignas(16) CopyUnit {
+    u32 w[4];
+};
+PM_DEV void pm_copy16(char* dst, const void* src, bool valid) {
+    CopyUnit x = {{0, 0, 0, 0}};
+    if (valid) x = *static_cast<const CopyUnit*>(src);
+    *reinterpret_cast<CopyUnit*>(dst) = x;
+}
+PM_DEV void pm_copy_commit() {}
+template <int N>
+PM_DEV void pm_copy_wait() {}
+PM_DEV void pm_grid_wait() {}
+PM_DEV void pm_grid_release() {}
+
+}  // namespace polymla
+
+#include "tile_fma.h"
+#define PM_TILE FmaTile
