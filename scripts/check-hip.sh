@@ -16,8 +16,8 @@ fi
 export POLYMLA_REQUIRE="${POLYMLA_REQUIRE:-cpu},hip-library" HIP_PATH="${HIP_PATH:-/usr}"
 echo "== T2 and hiprtc, the library loaded at run time"
 cargo test --features hip --test hip
-echo "== the host code over the fiber harness: results on the CPU"
-cargo test --features hip --test hip_cpu
+echo "== the host code over the fiber harness: results on the CPU; other vendors' sources stand alone"
+cargo test --features hip,musa,maca,corex --test driver_cpu --test vendors
 echo "== the command line writes kernels that clang-22 compiles with the script it gives"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT

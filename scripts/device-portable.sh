@@ -4,7 +4,7 @@
 #
 #   scripts/device-portable.sh build          here: the binary and the libraries into .carry/portable/
 #   scripts/device-portable.sh run [STEP...]  there, in the repository's root with .carry/portable/ beside it; the steps
-#                                             named, or golden tests hip bench sanitizer
+#                                             named, or golden tests hip musa maca bench sanitizer
 #
 # Results go to $OUT (else .carry/portable/out): one log a step. Every step runs, whatever became of those before, and is
 # ended after its own limit of time; the last line counts them.
@@ -15,7 +15,7 @@ carry=$PWD/.carry/portable
 build() {
     local target=${CARGO_TARGET_DIR:-$PWD/target}
     mkdir -p "$carry"
-    cargo build --release --features cli,sm90,cuda,hip
+    cargo build --release --features cli,sm90,cuda,hip,musa,maca
     cp "$target/release/polymla" "$carry/polymla"
     strip "$carry/polymla"
     local tests
@@ -27,8 +27,14 @@ for line in sys.stdin:
         print(m["executable"])')
     cp "$tests" "$carry/cuda-tests"
     strip "$carry/cuda-tests"
-    c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -Wall -Wextra -Werror -DSHIM_VENDOR_HEADER='"hip.h"' \
-        -o "$carry/libhip.so" tests/shims/forward.cpp -ldl
+    local vendor
+    for vendor in hip musa maca; do
+        c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -Wall -Wextra -Werror \
+            -DSHIM_VENDOR_HEADER="\"$vendor.h\"" -o "$carry/lib$vendor.so" tests/shims/forward.cpp -ldl
+    done
+    # Moore Threads' newer devices have warps of 32.
+    c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -DSHIM_VENDOR_HEADER='"musa.h"' -DSHIM_WARP=32 \
+        -o "$carry/libmusa32.so" tests/shims/forward.cpp -ldl
     ls -l "$carry"
 }
 
@@ -44,6 +50,19 @@ step_tests() {
 step_hip() {
     POLYMLA_HIP_LIB=$carry/libhip.so POLYMLA_HIPRTC_LIB=$carry/libhip.so \
         timeout 240 "$carry/polymla" conformance --backend hip --random 100
+}
+
+step_musa() {
+    local lib
+    for lib in libmusa.so libmusa32.so; do
+        POLYMLA_MUSA_LIB=$carry/$lib POLYMLA_MTRTC_LIB=$carry/$lib \
+            timeout 240 "$carry/polymla" conformance --backend musa --random 100
+    done
+}
+
+step_maca() {
+    POLYMLA_MACA_LIB=$carry/libmaca.so POLYMLA_MCRTC_LIB=$carry/libmaca.so \
+        timeout 240 "$carry/polymla" conformance --backend maca --random 100
 }
 
 step_bench() { timeout 120 "$carry/polymla" bench --backend cuda --suite h200; }
@@ -68,7 +87,7 @@ run() {
     mkdir -p "$out"
     local passed=0 failed=0 step start
     local steps=("$@")
-    [ ${#steps[@]} -gt 0 ] || steps=(golden tests hip bench sanitizer)
+    [ ${#steps[@]} -gt 0 ] || steps=(golden tests hip musa maca bench sanitizer)
     for step in "${steps[@]}"; do
         echo "== $step"
         start=$SECONDS

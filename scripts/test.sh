@@ -9,8 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export POLYMLA_REQUIRE="${POLYMLA_REQUIRE:-cpu}"
-echo "== tests: the command line, CPU, sm90, cuda and hip (required backends: $POLYMLA_REQUIRE)"
-cargo test --features cli,sm90,cuda,hip
+echo "== tests: the command line, CPU, sm90, cuda, hip, musa, maca and corex (required backends: $POLYMLA_REQUIRE)"
+cargo test --features cli,sm90,cuda,hip,musa,maca,corex
 echo "== the Hopper kernels compile, keep to their registers, and use the tensor cores (no GPU needed)"
 bash scripts/check-cuda.sh
 echo "== HIP without a device: compilers, ROCm's library, the host code over a CPU (installs Debian packages)"

@@ -38,7 +38,16 @@ fn info_json_is_json() {
 
 /// The README's support matrix is what the registry answers. Needs the column of every backend.
 #[test]
-#[cfg(all(feature = "sm90", feature = "cuda", feature = "hip", feature = "wgpu", feature = "onnx"))]
+#[cfg(all(
+    feature = "sm90",
+    feature = "cuda",
+    feature = "hip",
+    feature = "musa",
+    feature = "maca",
+    feature = "corex",
+    feature = "wgpu",
+    feature = "onnx"
+))]
 fn the_readme_shows_the_generated_matrix() {
     let readme = std::fs::read_to_string("README.md").expect("README.md");
     let matrix = text(&polymla(&["info", "--markdown"]).stdout);

@@ -48,6 +48,7 @@ pub(super) struct Vendor {
 }
 
 /// Where the name of a device's architecture comes from.
+#[allow(dead_code, reason = "a build may have vendors of one kind only")]
 pub(super) enum Arch {
     /// It stands in the struct of properties, and begins like this.
     InProperties(&'static str),

@@ -1,5 +1,5 @@
-//! The whole HIP host code on this CPU: the backend as users open it, over a library that has HIP's names and runs the
-//! kernels in the fiber harness (`tests/shims/hip_cpu.cpp`). It proves our calls, not AMD's ABI.
+//! The whole host code of HIP, MUSA and MACA on this CPU: the backend as users open it, over a library that has the vendor's names
+//! and runs the kernels in the fiber harness (`tests/shims/harness.cpp`). It proves our calls, not the vendor's ABI.
 
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
@@ -13,9 +13,21 @@ use polymla::{
     SplitPolicy, TensorView, TensorViewMut, get_mla_metadata,
 };
 
-fn library() -> PathBuf {
+/// A vendor, the variables that name its libraries, lanes of a warp, KiB of shared memory, and what its device calls itself.
+type Case = (&'static str, [&'static str; 2], u32, u32, &'static str);
+
+const CASES: &[Case] = &[
+    #[cfg(feature = "hip")]
+    ("hip", ["POLYMLA_HIP_LIB", "POLYMLA_HIPRTC_LIB"], 64, 64, "gfx906"),
+    #[cfg(feature = "musa")]
+    ("musa", ["POLYMLA_MUSA_LIB", "POLYMLA_MTRTC_LIB"], 128, 28, "mp_22"),
+    #[cfg(feature = "maca")]
+    ("maca", ["POLYMLA_MACA_LIB", "POLYMLA_MCRTC_LIB"], 64, 64, "xcore100"),
+];
+
+fn library(vendor: &str, warp: u32, kib: u32) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libhip-cpu-{}.so", std::process::id()));
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("lib{vendor}-cpu-{}.so", std::process::id()));
     let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let compiler = cc::Build::new().cpp(true).target(&target).host(&target).opt_level(2).warnings(false).get_compiler();
     let mut command = compiler.to_command();
@@ -27,9 +39,10 @@ fn library() -> PathBuf {
         "-Wno-unknown-pragmas",
         "-U_FORTIFY_SOURCE",
     ]);
-    command.args(["-DPM_WARP=64", "-DPOLYMLA_SMEM_KIB=64", "-DSIMT_TILE_MFMA"]);
+    command.args([format!("-DPM_WARP={warp}"), format!("-DPOLYMLA_SMEM_KIB={kib}")]);
+    command.arg(format!("-DSHIM_VENDOR_HEADER=\"{vendor}.h\"")).arg("-I").arg(root.join("tests/shims"));
     command.arg("-I").arg(root.join("tests/simt")).arg("-I").arg(root.join("backends/portable"));
-    command.args(["tests/simt/simt.cpp", "tests/simt/library.cpp", "tests/shims/hip_cpu.cpp"].map(|f| root.join(f)));
+    command.args(["tests/simt/simt.cpp", "tests/simt/library.cpp", "tests/shims/harness.cpp"].map(|f| root.join(f)));
     let output = command.arg("-o").arg(&path).output().expect("a C++ compiler is needed (g++)");
     assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
     path
@@ -37,26 +50,36 @@ fn library() -> PathBuf {
 
 /// One test: variables of the environment belong to the process, and a driver is loaded once in it.
 #[test]
-fn the_backend_is_right_from_library_to_result() {
-    let library = library();
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("hip-cpu-cache-{}", std::process::id()));
+fn the_backends_are_right_from_library_to_result() {
+    for case in CASES {
+        one(case);
+    }
+}
+
+fn one(&(vendor, variables, warp, kib, arch): &Case) {
+    let library = library(vendor, warp, kib);
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{vendor}-cpu-cache-{}", std::process::id()));
     let _ = std::fs::remove_dir_all(&cache);
     // SAFETY: this test is alone in its process, and no other thread reads the environment now.
     unsafe {
-        std::env::set_var(driver::LIBRARY_VARIABLE, &library);
-        std::env::set_var(driver::COMPILER_VARIABLE, &library);
+        for variable in variables {
+            std::env::set_var(variable, &library);
+        }
         std::env::set_var(driver::CACHE_VARIABLE, &cache);
     }
-    let backend = driver::hip().expect("the library has a device");
+    let backend = driver::open(vendor).expect("the library has a device");
     let info = MlaBackend::info(&backend);
-    assert_eq!(info.device, Device::Accelerator { platform: "hip", ordinal: 1 }, "device 0 has waves of 32");
-    assert!(info.device_name.contains("gfx90a") && info.device_name.contains("compiled by hiprtc"), "{info:?}");
+    assert_eq!(info.device, Device::Accelerator { platform: info.name, ordinal: 1 }, "device 0 has warps of 16");
+    assert!(
+        info.name == vendor && info.device_name.contains(arch) && info.device_name.contains("compiled by"),
+        "{info:?}"
+    );
     assert_eq!(info.evidence, Evidence::T3, "the library says that it stands in for the vendor's");
-    let cached = driver::hip_device(1).expect("again");
+    let cached = driver::open_device(vendor, 1).expect("again");
     assert!(MlaBackend::info(&cached).device_name.contains("disk cache"), "{cached:?}");
-    let refused = driver::hip_device(0).expect_err("waves of 32").to_string();
-    assert!(refused.contains("warp size 32") && refused.contains("64"), "{refused}");
-    assert!(matches!(driver::hip_device(7), Err(MlaError::Absent { .. })));
+    let refused = driver::open_device(vendor, 0).expect_err("warps of 16").to_string();
+    assert!(refused.contains("warp size 16") && refused.contains(&warp.to_string()), "{refused}");
+    assert!(matches!(driver::open_device(vendor, 7), Err(MlaError::Absent { .. })));
 
     golden_files(&backend);
     random_problems(&backend);
