@@ -64,8 +64,9 @@ mod tests {
     use std::ffi::{c_char, c_int, c_uchar, c_uint, c_void};
 
     use super::*;
+    use crate::device::Handle;
     use crate::driver::hip::{ATTRIBUTES, SYMBOLS};
-    use crate::driver::table::{Code, Handle};
+    use crate::driver::table::Code;
 
     type Error = hip::hipError_t;
 
