@@ -17,7 +17,7 @@ fi
 
 # One build for all of it: the runtime is large. No kernel binaries are made.
 export POLYMLA_NVCC=none
-features=cli,sm90,cuda,hip,wgpu,onnx
+features=cli,sm90,cuda,hip,musa,maca,corex,wgpu,onnx
 folder=${CARGO_TARGET_DIR:-target}/tmp/onnx
 rm -rf "$folder"
 echo "== the graphs, executed by tract"
