@@ -2,7 +2,7 @@
 """Times the Hopper peers that this machine's Python has, on the rows of `polymla bench --suite h200`.
 
     polymla bench --suite h200 --json > ours.json
-    python3 benches/peers/h200_peers.py ours.json [--library NAME=PATH]... [--json FILE]
+    python3 benches/peers/h200_peers.py ours.json [--library NAME=PATH]... [--without NAME]... [--json FILE]
 
 Rows and ragged lengths come from ours.json, so that both sides see the same shapes; the protocol is the same too: bf16,
 d 576, d_v 512, page 64 in random order, normal/10 data, metadata planned before, device events around one call, a 1 GB
@@ -118,14 +118,14 @@ PEERS = {
 }
 
 
-def find_peers(libraries):
+def find_peers(libraries, without=()):
     """Peers by name: the libraries given, then the packages that import (a library takes the place of its namesake)."""
     found = {}
     for name, path in libraries:
         title, found[name] = library(path)
         print(f"{name}: {title} ({path})", file=sys.stderr)
     for name, (module, make) in PEERS.items():
-        if name in found:
+        if name in found or name in without:
             continue
         try:
             __import__(module)
@@ -230,11 +230,15 @@ def main(arguments=None):
         "--library", metavar="NAME=PATH", type=named_path, action="append", default=[],
         help="a shared library to time as peer NAME (in place of the Python package of that peer); may be repeated",
     )
+    parser.add_argument(
+        "--without", metavar="NAME", choices=list(PEERS), action="append", default=[],
+        help="leave out the Python package of this peer; may be repeated",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write every row's microseconds and errors to FILE")
     args = parser.parse_args(arguments)
     with open(args.ours) as file:
         specs = json.load(file)["rows"]
-    peers = find_peers(args.library)
+    peers = find_peers(args.library, args.without)
     if not peers:
         sys.exit("no peer is installed here, and no --library was given")
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)

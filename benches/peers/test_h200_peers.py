@@ -56,14 +56,14 @@ class Peers(unittest.TestCase):
         h200_peers.FLUSH_BYTES = 1 << 10
         torch.cuda.Event, torch.cuda.synchronize = WallEvent, lambda: None
 
-    def run_script(self, fault=None):
+    def run_script(self, fault=None, more=()):
         """Exit status, standard output, standard error and the rows that it wrote."""
         self.addCleanup(os.environ.pop, "FAULT", None)
         os.environ["FAULT"] = fault or ""
         written = f"{self.folder.name}/{fault}.json"
         out, log = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(log), self.assertRaises(SystemExit) as end:
-            h200_peers.main([self.ours, "--library", f"fake={self.path}", "--json", written])
+            h200_peers.main([self.ours, "--library", f"fake={self.path}", "--json", written, *more])
         code = end.exception.code
         rows = json.loads(pathlib.Path(written).read_text()) if os.path.exists(written) else None
         return code, out.getvalue(), log.getvalue(), rows
@@ -97,6 +97,10 @@ class Peers(unittest.TestCase):
                 self.assertEqual(log.count(text), 2, log)
                 self.assertEqual([row["peers"] for row in rows], [{}, {}])
                 self.assertEqual(code, 1, "nothing was measured")
+
+    def test_peers_left_out_are_not_looked_for(self):
+        self.assertIn("fa3-qv: ", self.run_script()[2])
+        self.assertNotIn("fa3-qv: ", self.run_script(more=("--without", "fa3-qv"))[2])
 
     def test_another_interface_is_refused(self):
         code, _, _, rows = self.run_script("abi")
