@@ -37,8 +37,11 @@ def device_facts(tensor):
 
 def library(path):
     """The library's own name, and its maker of calls: for a row, a call that returns (out, lse)."""
-    lib = C.CDLL(path)
-    declare(lib)
+    try:
+        lib = C.CDLL(path)
+        declare(lib)
+    except (OSError, AttributeError) as reason:
+        raise SystemExit(f"{path} is not a peer library: {reason}") from None
     if lib.peer_abi() != ABI:
         raise SystemExit(f"{path} has interface {lib.peer_abi()}, not {ABI}")
 

@@ -102,6 +102,13 @@ class Peers(unittest.TestCase):
         self.assertIn("fa3-qv: ", self.run_script()[2])
         self.assertNotIn("fa3-qv: ", self.run_script(more=("--without", "fa3-qv"))[2])
 
+    def test_other_files_are_refused(self):
+        other = f"{self.folder.name}/other.so"
+        subprocess.run([os.environ.get("CC", "cc"), "-shared", "-o", other, "-x", "c", "/dev/null"], check=True)
+        for path in (other, self.ours, f"{self.folder.name}/absent.so"):
+            with self.subTest(path), self.assertRaisesRegex(SystemExit, f"{path} is not a peer library: "):
+                h200_peers.main([self.ours, "--library", f"fake={path}"])
+
     def test_another_interface_is_refused(self):
         code, _, _, rows = self.run_script("abi")
         self.assertIn("has interface 2, not 1", code)
