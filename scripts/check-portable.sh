@@ -11,52 +11,28 @@
 #
 # Missing compilers are installed: clang, lld, llvm and libamdhip64-dev by apt-get (root), nvcc and NVRTC as Python wheels
 # into the git-ignored .cache/ (POLYMLA_TOOLCHAINS names another folder). What is in use is printed.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-tools=${POLYMLA_TOOLCHAINS:-$PWD/.cache}
+. "$(dirname "$0")/common.sh"
 recorded=tests/simt/resources.txt
 record=
 [ "${1:-}" = --record ] && record=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-
-# need COMMAND_OR_FILE PACKAGE...
-need() {
-    local what=$1
-    shift
-    if ! command -v "$what" >/dev/null && [ ! -e "$what" ]; then
-        echo "installing $* by apt-get"
-        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
-    fi
-    command -v "$what" >/dev/null || [ -e "$what" ] || { echo "$what is not there after installing $*" >&2; exit 1; }
-}
-need clang-22 clang-22 lld-22 llvm-22
-hiprtc=/usr/lib/x86_64-linux-gnu/libamdhip64.so.5
-need $hiprtc libamdhip64-dev
-cu13=$tools/cuda/nvidia/cu13
-if [ ! -e "$cu13/bin/nvcc" ] || [ ! -e "$cu13/lib/libnvrtc.so.13" ]; then
-    echo "installing nvcc and NVRTC 13.0 into $tools/cuda"
-    mkdir -p "$tools/cuda"
-    python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-deps --upgrade \
-        --target "$tools/cuda" nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
-        nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85 \
-        nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-fi
+use_hip
+use_cuda
 clang-22 --version | head -1
 "$cu13/bin/nvcc" --version | grep release
+export work cu13 hiprtc=/usr/lib/x86_64-linux-gnu/libamdhip64.so.5
 
-# One line a kernel: COMPILER ARCH KERNEL vgprs agprs sgprs static_lds scratch vgpr_spills (CUDA: registers 0 0 shared stack
-# spill_bytes). SGPR spills go to lanes of VGPRs, which are counted, not to memory.
-table=$work/table
-: >"$table"
+# Each function below takes `ARCH KIB` and writes $work/COMPILER-ARCH.table, one line a kernel: COMPILER ARCH KERNEL vgprs
+# agprs sgprs static_lds scratch vgpr_spills (CUDA: registers 0 0 shared stack spill_bytes). SGPR spills go to lanes of
+# VGPRs, which are counted, not to memory.
 
-echo "== clang"
-for target in gfx906:64 gfx90a:64 gfx942:64 gfx950:163; do
-    arch=${target%:*} kib=${target#*:}
+with_clang() {
+    local arch=${1% *} kib=${1#* } log=$work/clang-${1% *}.log table=$work/clang-${1% *}.table
     clang-22 -x hip --offload-arch="$arch" --cuda-device-only --no-gpu-bundle-output -nogpuinc -nogpulib -std=c++17 -O3 \
         -Wall -Werror -Wno-error=pass-failed -DPOLYMLA_SMEM_KIB="$kib" -I backends/hip -I backends/portable \
-        -Rpass-analysis=kernel-resource-usage -o "$work/$arch.co" backends/portable/portable.cu 2>"$work/log" ||
-        { cat "$work/log" >&2; exit 1; }
+        -Rpass-analysis=kernel-resource-usage -o "$work/$arch.co" backends/portable/portable.cu 2>"$log" ||
+        { cat "$log"; exit 1; }
     awk -v arch="$arch" '
         function number(s) { sub(/.*: */, "", s); sub(/ .*/, "", s); return s }
         { sub(/ *\[-Rpass.*/, "") }
@@ -66,16 +42,16 @@ for target in gfx906:64 gfx90a:64 gfx942:64 gfx950:163; do
         /TotalSGPRs:/ { sgpr = number($0) }
         /ScratchSize/ { scratch = number($0) }
         /VGPRs Spill:/ { spill = number($0) }
-        /LDS Size/ { print "clang", arch, name, vgpr, agpr, sgpr, number($0), scratch, spill }' "$work/log" >>"$table"
+        /LDS Size/ { print "clang", arch, name, vgpr, agpr, sgpr, number($0), scratch, spill }' "$log" >"$table"
     # The matrix units must be in use where there are any, and nowhere else.
-    llvm-objdump-22 -d "$work/$arch.co" >"$work/asm"
-    if grep -q 'v_mfma_f32_16x16x16' "$work/asm"; then has=mfma; else has=fma; fi
-    case $arch in gfx906) wanted=fma ;; *) wanted=mfma ;; esac
-    [ $has = $wanted ] || { echo "$arch: code has $has; $wanted is expected" >&2; exit 1; }
-    echo "$arch: $has, $(grep -c "^clang $arch " "$table") kernels"
-done
+    llvm-objdump-22 -d "$work/$arch.co" >"$work/$arch.asm"
+    local has=fma wanted=mfma
+    grep -q 'v_mfma_f32_16x16x16' "$work/$arch.asm" && has=mfma
+    [ "$arch" = gfx906 ] && wanted=fma
+    [ $has = $wanted ] || { echo "$arch: code has $has; $wanted is expected"; exit 1; }
+    echo "clang $arch: $has, $(wc -l <"$table") kernels"
+}
 
-echo "== hiprtc (child processes)"
 cat >"$work/rtc.py" <<'PY'
 # rtc.py LIBRARY PREFIX OUT DIALECT OPTION...: compiles portable.cu with headers handed over by name, as a host does.
 import ctypes, pathlib, sys
@@ -104,11 +80,14 @@ assert call(f"Get{kind}", program, module) == 0
 pathlib.Path(out).write_bytes(module.raw)
 print(f"{options[0]}: {size.value} bytes")
 PY
-for arch in gfx906 gfx90a; do
-    python3 "$work/rtc.py" $hiprtc hiprtc "$work/rtc-$arch.co" hip --offload-arch=$arch -std=c++17 -O3 -DPOLYMLA_SMEM_KIB=64
+
+# In child processes: Debian's hiprtc aborts on what it does not know.
+with_hiprtc() {
+    local arch=${1% *} kib=${1#* }
+    python3 "$work/rtc.py" "$hiprtc" hiprtc "$work/rtc-$arch.co" hip --offload-arch="$arch" -std=c++17 -O3 "-DPOLYMLA_SMEM_KIB=$kib"
     # Its code objects are plain ELF; the kernels' resources are in their notes.
-    llvm-readelf-22 --notes "$work/rtc-$arch.co" >"$work/notes"
-    awk -v arch=$arch '
+    llvm-readelf-22 --notes "$work/rtc-$arch.co" >"$work/rtc-$arch.notes"
+    awk -v arch="$arch" '
         / \.agpr_count:/ { agpr = $NF }
         / \.group_segment_fixed_size:/ { lds = $NF }
         / \.name: +polymla/ { name = $NF }
@@ -116,16 +95,15 @@ for arch in gfx906 gfx90a; do
         / \.sgpr_count:/ { sgpr = $NF }
         / \.vgpr_count:/ { vgpr = $NF }
         / \.vgpr_spill_count:/ { print "hiprtc", arch, name, vgpr, agpr + 0, sgpr, lds, scratch, $NF; agpr = 0 }' \
-        "$work/notes" >>"$table"
-done
+        "$work/rtc-$arch.notes" >"$work/hiprtc-$arch.table"
+}
 
-echo "== nvcc"
-for target in 75:64 80:163 86:99 89:99 90a:227 100a:227 120:99; do
-    arch=${target%:*} kib=${target#*:}
-    PATH=$cu13/bin:$PATH "$cu13/bin/nvcc" -std=c++17 -O3 -gencode arch=compute_$arch,code=sm_$arch -DPOLYMLA_SMEM_KIB=$kib \
+with_nvcc() {
+    local arch=${1% *} kib=${1#* } log=$work/nvcc-${1% *}.log table=$work/nvcc-${1% *}.table
+    PATH=$cu13/bin:$PATH "$cu13/bin/nvcc" -std=c++17 -O3 -gencode "arch=compute_$arch,code=sm_$arch" "-DPOLYMLA_SMEM_KIB=$kib" \
         -I backends/cuda -I backends/portable -Werror all-warnings -Xptxas -v,-warn-spills,-warn-lmem-usage \
-        -cubin -o "$work/sm_$arch.cubin" backends/portable/portable.cu >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
-    awk -v arch=sm_$arch '
+        -cubin -o "$work/sm_$arch.cubin" backends/portable/portable.cu >"$log" 2>&1 || { cat "$log"; exit 1; }
+    awk -v arch="sm_$arch" '
         /Function properties for/ { name = $NF }
         /bytes stack frame/ { stack = $1; spill = $5 + $9 }
         /Used [0-9]+ registers/ {
@@ -133,26 +111,33 @@ for target in 75:64 80:163 86:99 89:99 90a:227 100a:227 120:99; do
             if (match($0, /[0-9]+ bytes smem/)) shared = substr($0, RSTART) + 0
             match($0, /Used [0-9]+/)
             print "nvcc", arch, name, substr($0, RSTART + 5, RLENGTH - 5), 0, 0, shared, stack, spill
-        }' "$work/log" >>"$table"
-    "$cu13/bin/cuobjdump" -sass "$work/sm_$arch.cubin" >"$work/asm"
+        }' "$log" >"$table"
+    "$cu13/bin/cuobjdump" -sass "$work/sm_$arch.cubin" >"$work/sm_$arch.asm"
+    local wanted=yes instruction found
+    [ "$arch" = 75 ] && wanted=no
     for instruction in HMMA LDSM LDGSTS; do
         found=no
-        grep -q "$instruction" "$work/asm" && found=yes
-        wanted=yes
-        [ $arch = 75 ] && wanted=no
-        [ $found = $wanted ] || { echo "sm_$arch: $instruction in the code: $found; expected: $wanted" >&2; exit 1; }
+        grep -q "$instruction" "$work/sm_$arch.asm" && found=yes
+        [ $found = $wanted ] || { echo "sm_$arch: $instruction in the code: $found; expected: $wanted"; exit 1; }
     done
-    echo "sm_$arch: $(grep -c "^nvcc sm_$arch " "$table") kernels"
-done
+    echo "nvcc sm_$arch: $(wc -l <"$table") kernels"
+}
 
-echo "== NVRTC"
-for target in 80:163 90a:227; do
-    arch=${target%:*} kib=${target#*:}
-    LD_LIBRARY_PATH=$cu13/lib python3 "$work/rtc.py" "$cu13/lib/libnvrtc.so.13" nvrtc "$work/rtc-$arch.cubin" cuda --gpu-architecture=sm_$arch \
-        -std=c++17 -DPOLYMLA_SMEM_KIB=$kib
-done
+with_nvrtc() {
+    local arch=${1% *} kib=${1#* }
+    python3 "$work/rtc.py" "$cu13/lib/libnvrtc.so.13" nvrtc "$work/rtc-$arch.cubin" cuda "--gpu-architecture=sm_$arch" \
+        -std=c++17 "-DPOLYMLA_SMEM_KIB=$kib"
+}
 
-sort -o "$table" "$table"
+export -f with_clang with_hiprtc with_nvcc with_nvrtc
+compile() { "with_${1%% *}" "${1#* }"; }
+# The longest first.
+printf '%s\n' 'nvcc 90a 227' 'nvcc 100a 227' 'nvcc 80 163' 'nvcc 86 99' 'nvcc 89 99' 'nvcc 120 99' 'nvcc 75 64' \
+    'nvrtc 90a 227' 'nvrtc 80 163' 'hiprtc gfx906 64' 'hiprtc gfx90a 64' \
+    'clang gfx950 163' 'clang gfx942 64' 'clang gfx90a 64' 'clang gfx906 64' | parallel compile
+
+table=$work/table
+sort "$work"/*-*.table >"$table"
 if [ -n "$record" ]; then
     {
         echo "# Written by scripts/check-portable.sh --record: compiler, architecture, kernel, VGPRs (CUDA: registers), AGPRs,"

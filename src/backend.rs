@@ -59,6 +59,24 @@ pub struct BackendInfo {
     pub evidence: Evidence,
 }
 
+/// Memory of a backend, as tensors and scratch space. `device` is the backend's, for memory that does not know its own.
+pub trait BackendBuffer {
+    /// The tensor that `like` describes (shape, strides, type) over this memory.
+    ///
+    /// # Errors
+    /// Those of [`TensorView::from_raw_parts`].
+    fn view(&self, param: &'static str, like: &TensorView<'_>, device: Device) -> Result<TensorView<'_>>;
+
+    /// As [`view`](Self::view), for writing.
+    ///
+    /// # Errors
+    /// Those of [`TensorView::from_raw_parts`].
+    fn view_mut(&mut self, param: &'static str, like: &TensorView<'_>, device: Device) -> Result<TensorViewMut<'_>>;
+
+    /// This memory as a workspace.
+    fn workspace(&mut self, device: Device) -> Workspace<'_>;
+}
+
 /// A backend, generic over where its memory lives.
 ///
 /// The order of a step: [`schedule`](Self::schedule) once, then for each layer [`run`](Self::run) with a workspace of
@@ -66,7 +84,7 @@ pub struct BackendInfo {
 /// waits for nothing.
 pub trait MlaBackend: Send + Sync {
     /// Memory this backend allocated by [`upload`](Self::upload) or [`alloc`](Self::alloc).
-    type Buffer;
+    type Buffer: BackendBuffer;
     /// A plan in the form this backend's kernels read.
     type Schedule;
     /// Where work is enqueued. `()` where `run` itself does the work.
@@ -91,19 +109,15 @@ pub trait MlaBackend: Send + Sync {
     ///
     /// # Errors
     /// [`MlaError::Platform`].
-    fn upload(&self, bytes: &[u8]) -> Result<Self::Buffer>;
+    fn upload(&self, bytes: &[u8]) -> Result<Self::Buffer> {
+        self.upload_repeated(bytes, bytes.len())
+    }
 
     /// Memory of `bytes` bytes that repeats `tile` to its end: inputs of benchmarks, which need not travel whole.
     ///
     /// # Errors
     /// [`MlaError::Platform`].
-    fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<Self::Buffer> {
-        let mut whole = tile[..tile.len().min(bytes)].to_vec();
-        while whole.len() < bytes && !whole.is_empty() {
-            whole.extend_from_within(..whole.len().min(bytes - whole.len()));
-        }
-        self.upload(&whole)
-    }
+    fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<Self::Buffer>;
 
     /// Copies a buffer back, after all work enqueued so far.
     ///
@@ -115,7 +129,9 @@ pub trait MlaBackend: Send + Sync {
     ///
     /// # Errors
     /// Those of [`TensorView::from_raw_parts`].
-    fn view<'a>(&self, param: &'static str, buffer: &'a Self::Buffer, like: &TensorView<'_>) -> Result<TensorView<'a>>;
+    fn view<'a>(&self, param: &'static str, buffer: &'a Self::Buffer, like: &TensorView<'_>) -> Result<TensorView<'a>> {
+        buffer.view(param, like, self.info().device)
+    }
 
     /// As [`view`](Self::view), for writing.
     ///
@@ -126,10 +142,14 @@ pub trait MlaBackend: Send + Sync {
         param: &'static str,
         buffer: &'a mut Self::Buffer,
         like: &TensorView<'_>,
-    ) -> Result<TensorViewMut<'a>>;
+    ) -> Result<TensorViewMut<'a>> {
+        buffer.view_mut(param, like, self.info().device)
+    }
 
     /// A buffer as a workspace.
-    fn workspace<'a>(&self, buffer: &'a mut Self::Buffer) -> Workspace<'a>;
+    fn workspace<'a>(&self, buffer: &'a mut Self::Buffer) -> Workspace<'a> {
+        buffer.workspace(self.info().device)
+    }
 
     /// Plans a step. `inputs` gives cache_seqlens, where this backend's tensors live.
     ///

@@ -38,8 +38,8 @@ pub mod workspace;
 pub use half;
 
 pub use backend::{
-    BackendInfo, Evidence, HostBackend, MlaBackend, RepeatedInputs, Timing, Unsupported, flash_mla_with_kvcache, open,
-    registry, select,
+    BackendBuffer, BackendInfo, Evidence, HostBackend, MlaBackend, RepeatedInputs, Timing, Unsupported,
+    flash_mla_with_kvcache, open, registry, select,
 };
 pub use call::{Inputs, KvCache, Outputs, Query};
 pub use error::{MlaError, Result};

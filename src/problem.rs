@@ -111,6 +111,9 @@ macro_rules! setter {
 
 impl ProblemBuilder {
     setter!(
+        /// Requests in the batch.
+        b: usize);
+    setter!(
         /// Query tokens a request (1 in plain decoding, more with speculative decoding).
         s_q: usize);
     setter!(

@@ -2,7 +2,7 @@
 
 use polymla::conformance::random::{Limits, random_call, random_options};
 use polymla::conformance::{Call, HostTensor, Layout, check_with};
-use polymla::{DType, HostBackend, Mask, Problem, ScheduleOptions, SplitPolicy};
+use polymla::{DType, HostBackend, Mask, ScheduleOptions, SplitPolicy};
 use proptest::prelude::*;
 
 mod common;
@@ -73,36 +73,6 @@ fn results(backend: &dyn HostBackend, call: &Call, options: &ScheduleOptions) ->
     (results.out.to_dense_bytes(), results.lse.to_dense_bytes())
 }
 
-/// Request `i` of a call in the fused layout, alone.
-fn alone(call: &Call, i: usize) -> Call {
-    let p = &call.problem;
-    let problem = Problem::builder(1)
-        .s_q(p.s_q())
-        .h_q(p.h_q())
-        .h_kv(p.h_kv())
-        .head_dim_k(p.head_dim_k())
-        .head_dim_v(p.head_dim_v())
-        .num_pages(p.num_pages())
-        .page_size(p.page_size())
-        .max_pages_per_seq(p.max_pages_per_seq())
-        .dtype(p.dtype())
-        .mask(p.mask())
-        .softmax_scale(p.softmax_scale())
-        .build()
-        .unwrap();
-    let tensors = call.tensors.iter().map(|(name, t)| {
-        if *name == "k_cache" {
-            return (*name, t.clone());
-        }
-        let mut shape = t.shape().to_vec();
-        let dense = t.to_dense_bytes();
-        let one = dense.len() / shape[0];
-        shape[0] = 1;
-        (*name, HostTensor::from_bytes(name, t.dtype(), &shape, &dense[i * one..][..one]).unwrap())
-    });
-    Call { problem, tensors: tensors.collect(), output_strides: None, expected: None, ..call.clone() }
-}
-
 #[test]
 fn batch_invariant_rows_have_the_same_bits_in_every_batch() {
     let mut compared = 0;
@@ -122,7 +92,7 @@ fn batch_invariant_rows_have_the_same_bits_in_every_batch() {
             for i in 0..call.problem.b() {
                 // Another number of parts must not matter either.
                 let options = ScheduleOptions { num_sm_parts: Some(1 + i), policy };
-                let (o, l) = results(backend.as_ref(), &alone(&call, i), &options);
+                let (o, l) = results(backend.as_ref(), &call.with_requests(&[i]).unwrap(), &options);
                 assert_eq!(o, out[i * o.len()..][..o.len()], "out of request {i} of {}", call.name);
                 assert_eq!(l, lse[i * l.len()..][..l.len()], "lse of request {i} of {}", call.name);
                 compared += 1;
@@ -160,20 +130,7 @@ fn causal_is_the_visible_lengths_it_stands_for() {
             let rows = call.cache_seqlens().into_iter().flat_map(|n| (0..p.s_q()).map(move |j| (n as usize, j)));
             let visible: Vec<i32> = rows.map(|(n, j)| (n + j + 1).saturating_sub(p.s_q()) as i32).collect();
             let mut other = call.clone();
-            other.problem = Problem::builder(p.b())
-                .s_q(p.s_q())
-                .h_q(p.h_q())
-                .h_kv(p.h_kv())
-                .head_dim_k(p.head_dim_k())
-                .head_dim_v(p.head_dim_v())
-                .num_pages(p.num_pages())
-                .page_size(p.page_size())
-                .max_pages_per_seq(p.max_pages_per_seq())
-                .dtype(p.dtype())
-                .mask(Mask::VisibleLengths)
-                .softmax_scale(p.softmax_scale())
-                .build()
-                .unwrap();
+            other.problem = p.to_builder().mask(Mask::VisibleLengths).build().unwrap();
             let shape = [p.b(), p.s_q()];
             let visible = HostTensor::from_i32("visible_lengths", &shape, &visible).unwrap();
             other.tensors.push(("visible_lengths", visible));

@@ -14,7 +14,7 @@ use std::process::Command;
 use host::{STATUS_OK, SimtBackend, policy};
 use library::by_name;
 use polymla::conformance::random::{Limits, random_call, random_options};
-use polymla::conformance::{Call, HostTensor, Layout, POLICIES, check, check_with, golden};
+use polymla::conformance::{Call, Layout, POLICIES, check, check_with, golden};
 use polymla::{DType, HostBackend, MlaBackend, MlaError, ScheduleOptions, SplitPolicy, get_mla_metadata};
 
 /// Golden files that are small enough for emulation, with the traps that the others have too.
@@ -217,37 +217,6 @@ fn the_order_of_threads_does_not_matter() {
     }
 }
 
-/// The requests of a call in another order and number, over the same cache.
-fn with_requests(call: &Call, picks: &[usize]) -> Call {
-    let p = &call.problem;
-    let problem = polymla::Problem::builder(picks.len())
-        .s_q(p.s_q())
-        .h_q(p.h_q())
-        .h_kv(p.h_kv())
-        .head_dim_k(p.head_dim_k())
-        .head_dim_v(p.head_dim_v())
-        .num_pages(p.num_pages())
-        .page_size(p.page_size())
-        .max_pages_per_seq(p.max_pages_per_seq())
-        .dtype(p.dtype())
-        .mask(p.mask())
-        .softmax_scale(p.softmax_scale())
-        .build()
-        .unwrap();
-    let tensors = call.tensors.iter().map(|(name, t)| {
-        if matches!(*name, "k_cache" | "ckv" | "kpe") {
-            return (*name, t.clone());
-        }
-        let bytes = t.to_dense_bytes();
-        let each = bytes.len() / t.shape()[0];
-        let picked: Vec<u8> = picks.iter().flat_map(|i| bytes[i * each..(i + 1) * each].to_vec()).collect();
-        let mut shape = t.shape().to_vec();
-        shape[0] = picks.len();
-        (*name, HostTensor::from_bytes(name, t.dtype(), &shape, &picked).unwrap())
-    });
-    Call { problem, tensors: tensors.collect(), output_strides: None, expected: None, ..call.clone() }
-}
-
 #[test]
 fn batch_invariant_rows_have_the_same_bits_alone() {
     let limits = Limits { max_tokens: 700, ..tuned(20, 2, 8) };
@@ -258,9 +227,9 @@ fn batch_invariant_rows_have_the_same_bits_alone() {
         let calls = (0..40).map(|seed| random_call(seed, &limits).unwrap()).filter(|c| c.problem.b() >= 3);
         for call in calls.take(3) {
             let all: Vec<usize> = (0..call.problem.b()).collect();
-            let (out, lse) = bits(&backend, &with_requests(&call, &all), &options(7));
+            let (out, lse) = bits(&backend, &call.with_requests(&all).unwrap(), &options(7));
             for i in all {
-                let (o, l) = bits(&backend, &with_requests(&call, &[i]), &options(2));
+                let (o, l) = bits(&backend, &call.with_requests(&[i]).unwrap(), &options(2));
                 assert!(o == out[i * o.len()..(i + 1) * o.len()], "{name} {} request {i}", call.name);
                 assert!(l == lse[i * l.len()..(i + 1) * l.len()], "{name} {} request {i}", call.name);
             }

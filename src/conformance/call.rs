@@ -85,6 +85,32 @@ pub(super) fn nan(dtype: DType) -> [u8; 4] {
 }
 
 impl Call {
+    /// Some of the requests, in the order of `picks`, over the same cache; without expected values.
+    ///
+    /// # Errors
+    /// Those of [`Problem::builder`].
+    ///
+    /// # Panics
+    /// If `picks` names a request that there is not.
+    pub fn with_requests(&self, picks: &[usize]) -> Result<Call> {
+        let problem = self.problem.to_builder().b(picks.len()).build()?;
+        let mut tensors = Vec::new();
+        for (name, tensor) in &self.tensors {
+            let picked = match *name {
+                "k_cache" | "ckv" | "kpe" => tensor.clone(),
+                _ => {
+                    let (bytes, mut shape) = (tensor.to_dense_bytes(), tensor.shape().to_vec());
+                    let each = bytes.len() / shape[0].max(1);
+                    shape[0] = picks.len();
+                    let rows: Vec<&[u8]> = picks.iter().map(|i| &bytes[i * each..][..each]).collect();
+                    HostTensor::from_bytes(name, tensor.dtype(), &shape, &rows.concat())?
+                }
+            };
+            tensors.push((*name, picked));
+        }
+        Ok(Call { problem, tensors, output_strides: None, expected: None, ..self.clone() })
+    }
+
     /// A tensor by name.
     pub fn tensor(&self, name: &str) -> Option<&HostTensor> {
         self.tensors.iter().find(|(n, _)| *n == name).map(|(_, t)| t)

@@ -1,5 +1,6 @@
 //! Memory of the CPU backend: aligned allocations of this process.
 
+use crate::backend::BackendBuffer;
 use crate::error::{MlaError, Result};
 use crate::tensor::{Device, TensorView, TensorViewMut};
 use crate::workspace::{WORKSPACE_ALIGN, Workspace};
@@ -43,7 +44,30 @@ impl CpuBuffer {
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.bytes) }
     }
 
-    pub(crate) fn view<'a>(&'a self, param: &'static str, like: &TensorView<'_>) -> Result<TensorView<'a>> {
+    /// `bytes` bytes that repeat `tile` to their end.
+    pub(crate) fn repeated(tile: &[u8], bytes: usize) -> Result<Self> {
+        let mut buffer = CpuBuffer::new(bytes)?;
+        for piece in buffer.as_bytes_mut().chunks_mut(tile.len().max(1)) {
+            let count = piece.len().min(tile.len());
+            piece[..count].copy_from_slice(&tile[..count]);
+        }
+        Ok(buffer)
+    }
+
+    /// Copies its first bytes.
+    pub(crate) fn read(&self, to: &mut [u8]) -> Result<()> {
+        let from = self.as_bytes();
+        let Some(from) = from.get(..to.len()) else {
+            let (value, limit) = (to.len() as u64, from.len() as u64);
+            return Err(MlaError::StrideOverrun { param: "download", value, limit });
+        };
+        to.copy_from_slice(from);
+        Ok(())
+    }
+}
+
+impl BackendBuffer for CpuBuffer {
+    fn view(&self, param: &'static str, like: &TensorView<'_>, _: Device) -> Result<TensorView<'_>> {
         let (address, bytes) = (self.lines.as_ptr() as u64, self.bytes as u64);
         // SAFETY: the buffer is readable for `bytes` bytes as long as it is borrowed.
         unsafe {
@@ -51,14 +75,14 @@ impl CpuBuffer {
         }
     }
 
-    pub(crate) fn view_mut<'a>(&'a mut self, param: &'static str, like: &TensorView<'_>) -> Result<TensorViewMut<'a>> {
+    fn view_mut(&mut self, param: &'static str, like: &TensorView<'_>, _: Device) -> Result<TensorViewMut<'_>> {
         let (address, bytes) = (self.lines.as_mut_ptr() as u64, self.bytes as u64);
         let (dtype, shape, strides) = (like.dtype(), like.shape(), like.strides());
         // SAFETY: the buffer is this view's alone, for `bytes` bytes, as long as it is exclusively borrowed.
         unsafe { TensorViewMut::from_raw_parts(param, address, bytes, dtype, shape, strides, Device::Host) }
     }
 
-    pub(crate) fn workspace(&mut self) -> Workspace<'_> {
+    fn workspace(&mut self, _: Device) -> Workspace<'_> {
         Workspace::from_slice(self.as_bytes_mut())
     }
 }

@@ -248,9 +248,9 @@ impl Job<'_> {
                 }
                 (kernels.softmax)(tile, tokens, self.scale, masked);
                 if cut {
-                    self.accumulate_cut(tile, tokens, start == begin, next);
+                    self.accumulate_cut(tile, tokens, start == begin, block, next);
                 } else {
-                    (kernels.accumulate)(tile, (0, tile.rows), tokens, start == begin, next);
+                    (kernels.accumulate)(tile, (0, tile.rows), tokens, start == begin, block, next);
                 }
                 std::mem::swap(block, next);
             }
@@ -271,7 +271,7 @@ impl Job<'_> {
     /// `accumulate` where rows see different tokens. A weight of 0 does not undo a NaN, so values that a row does not
     /// see must not be multiplied at all: rows are handled by how many tokens they see, most first, and the staged V is
     /// cut down as that number falls.
-    unsafe fn accumulate_cut(&self, tile: &Tile, tokens: usize, first: bool, after: &Block) {
+    unsafe fn accumulate_cut(&self, tile: &Tile, tokens: usize, first: bool, block: &Block, after: &Block) {
         // SAFETY: limits were written for every row.
         unsafe {
             let limit = |row: usize| *tile.limit.add(row) as usize;
@@ -289,7 +289,7 @@ impl Job<'_> {
                         row += 1;
                     }
                     if here == tokens {
-                        (self.kernels.accumulate)(tile, (begin, row), tokens, first, after);
+                        (self.kernels.accumulate)(tile, (begin, row), tokens, first, block, after);
                     } else if here < tokens {
                         next = next.max(Some(here));
                     }

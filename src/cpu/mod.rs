@@ -9,7 +9,7 @@ use crate::call::{Inputs, Outputs};
 use crate::error::{MlaError, Result};
 use crate::problem::{BLOCK_TOKENS, Problem};
 use crate::schedule::{Schedule, ScheduleOptions, get_mla_metadata};
-use crate::tensor::{Device, TensorView, TensorViewMut};
+use crate::tensor::Device;
 use crate::workspace::Workspace;
 
 mod buffer;
@@ -144,37 +144,12 @@ impl MlaBackend for CpuBackend {
         CpuBuffer::new(bytes)
     }
 
-    fn upload(&self, bytes: &[u8]) -> Result<CpuBuffer> {
-        let mut buffer = CpuBuffer::new(bytes.len())?;
-        buffer.as_bytes_mut().copy_from_slice(bytes);
-        Ok(buffer)
+    fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<CpuBuffer> {
+        CpuBuffer::repeated(tile, bytes)
     }
 
     fn download(&self, buffer: &CpuBuffer, bytes: &mut [u8]) -> Result<()> {
-        let from = buffer.as_bytes();
-        if from.len() < bytes.len() {
-            let (value, limit) = (bytes.len() as u64, from.len() as u64);
-            return Err(MlaError::StrideOverrun { param: "download", value, limit });
-        }
-        bytes.copy_from_slice(&from[..bytes.len()]);
-        Ok(())
-    }
-
-    fn view<'a>(&self, param: &'static str, buffer: &'a CpuBuffer, like: &TensorView<'_>) -> Result<TensorView<'a>> {
-        buffer.view(param, like)
-    }
-
-    fn view_mut<'a>(
-        &self,
-        param: &'static str,
-        buffer: &'a mut CpuBuffer,
-        like: &TensorView<'_>,
-    ) -> Result<TensorViewMut<'a>> {
-        buffer.view_mut(param, like)
-    }
-
-    fn workspace<'a>(&self, buffer: &'a mut CpuBuffer) -> Workspace<'a> {
-        buffer.workspace()
+        buffer.read(bytes)
     }
 
     fn schedule(&self, problem: &Problem, options: &ScheduleOptions, inputs: &Inputs<'_>, _: ()) -> Result<Schedule> {

@@ -1,9 +1,10 @@
 //! The bf16 kernels of AVX-512: products by `vdpbf16ps`, which adds two bf16 products to each of 16 f32 sums.
 //!
 //! K is read where it lies: a pair of columns of a token is 32 consecutive bits, broadcast against vectors of 16 rows
-//! of Q, packed as pairs. V needs pairs of tokens, so `stage` interleaves the rows of two tokens, 64 KiB a block, into
-//! the L2. Interleaving stays inside 128-bit lanes (one shuffle a vector), which permutes the columns within each 32;
-//! `read_row` undoes that once a tile. Weights are rounded to bf16 as FlashMLA rounds them; their sum is not.
+//! of Q, packed as pairs. V needs pairs of tokens: `accumulate` interleaves the rows of two tokens for 64 columns at a
+//! time, 8 KiB, and multiplies all rows of the tile by them while they are in the L1. Interleaving stays inside 128-bit
+//! lanes (one shuffle a vector), which permutes the columns within each 32; `read_row` undoes that once a tile. Weights
+//! are rounded to bf16 as FlashMLA rounds them; their sum is not.
 //!
 //! Register tiles: `scores` 4 x 4, 2 x 8 or 1 x 16 (vectors of rows x tokens), `accumulate` 4 x 4 (rows x vectors of
 //! columns): 16 sums cover the latency of `vdpbf16ps`. Sums run over the inner index in order whatever the tile.
@@ -19,9 +20,6 @@ use super::tile::{Block, COLUMNS, Kernels, PANEL, QueryForm, Tile};
 use super::wide::{self, Weights};
 use super::x86::Avx512;
 
-/// Token pairs of a block.
-const PAIRS: usize = BLOCK_TOKENS / 2;
-
 /// Columns that are interleaved at once.
 const LANE_GROUP: usize = 32;
 
@@ -35,48 +33,39 @@ unsafe fn broadcast(p: *const u8) -> __m512bh {
     unsafe { transmute(_mm512_set1_epi32(p.cast::<i32>().read_unaligned())) }
 }
 
-/// The pairs of one staged V column panel: `width` a token pair.
-unsafe fn v_panel(tile: &Tile, column: usize) -> *mut i32 {
-    // SAFETY: panels before this one are 64 columns wide.
-    unsafe { tile.kv.cast::<i32>().add(column * PAIRS) }
+unsafe fn stage(_: &Tile, _: &Block) {
+    // K is read in the page, and V interleaved panel by panel in `accumulate`.
 }
 
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn stage(tile: &Tile, block: &Block) {
+unsafe fn truncate(_: &Tile, _: usize) {
+    // `accumulate` pairs an odd last token with zeros.
+}
+
+/// Interleaves `width` columns of V, from `column`, of the block's first `tokens` tokens: [pairs][width] pairs in
+/// `tile.kv`.
+#[inline(always)]
+unsafe fn interleave(tile: &Tile, block: &Block, tokens: usize, column: usize, width: usize) {
     let values = block.columns[0].min(tile.head_dim_v);
-    // SAFETY: tokens hold head_dim_v elements; loads past that are masked off. v_columns is a multiple of 32.
+    let to = tile.kv.cast::<i32>();
+    // SAFETY: tokens, and the tile's zeros, hold head_dim_v elements; loads past that are masked off. v_columns is a
+    // multiple of 32.
     unsafe {
-        for pair in 0..block.tokens.div_ceil(2) {
-            let (even, odd) = (block.tokens_at[0][2 * pair], block.tokens_at[0][2 * pair + 1]);
-            for (column, width) in tile.column_panels() {
-                let to = v_panel(tile, column).add(pair * width);
-                for c in (0..width).step_by(LANE_GROUP) {
-                    let left = values.saturating_sub(column + c);
-                    let at = 2 * (column + c);
-                    let (a, b) = if left >= LANE_GROUP {
-                        (_mm512_loadu_si512(even.add(at).cast()), _mm512_loadu_si512(odd.add(at).cast()))
-                    } else {
-                        let mask = (1u32 << left) - 1;
-                        let (even, odd) = (even.wrapping_add(at).cast(), odd.wrapping_add(at).cast());
-                        (_mm512_maskz_loadu_epi16(mask, even), _mm512_maskz_loadu_epi16(mask, odd))
-                    };
-                    _mm512_storeu_si512(to.add(c).cast(), _mm512_unpacklo_epi16(a, b));
-                    _mm512_storeu_si512(to.add(c + 16).cast(), _mm512_unpackhi_epi16(a, b));
-                }
-            }
-        }
-    }
-}
-
-/// Clears the odd token of the pair that token `tokens` is in.
-#[target_feature(enable = "avx512f")]
-unsafe fn truncate(tile: &Tile, tokens: usize) {
-    // SAFETY: the pair is inside the block.
-    unsafe {
-        for (column, width) in tile.column_panels() {
-            let pair = v_panel(tile, column).add(tokens / 2 * width);
-            for c in 0..width {
-                pair.add(c).write(pair.add(c).read() & 0xffff);
+        for pair in 0..tokens.div_ceil(2) {
+            let even = block.tokens_at[0][2 * pair];
+            let odd = if 2 * pair + 1 < tokens { block.tokens_at[0][2 * pair + 1] } else { tile.zeros.cast() };
+            for c in (0..width).step_by(LANE_GROUP) {
+                let left = values.saturating_sub(column + c);
+                let at = 2 * (column + c);
+                let (a, b) = if left >= LANE_GROUP {
+                    (_mm512_loadu_si512(even.add(at).cast()), _mm512_loadu_si512(odd.add(at).cast()))
+                } else {
+                    let mask = (1u32 << left) - 1;
+                    let (even, odd) = (even.wrapping_add(at).cast(), odd.wrapping_add(at).cast());
+                    (_mm512_maskz_loadu_epi16(mask, even), _mm512_maskz_loadu_epi16(mask, odd))
+                };
+                let to = to.add(pair * width + c);
+                _mm512_storeu_si512(to.cast(), _mm512_unpacklo_epi16(a, b));
+                _mm512_storeu_si512(to.add(16).cast(), _mm512_unpackhi_epi16(a, b));
             }
         }
     }
@@ -179,19 +168,54 @@ unsafe fn softmax(tile: &Tile, tokens: usize, scale: f32, masked: bool) {
     unsafe { wide::softmax::<Avx512, PairWeights>(tile, tokens, scale, masked) }
 }
 
+/// The lines of the block that comes next, asked for one by one while products run: all at once they would keep the
+/// loads of those products waiting.
+struct Ahead<'a> {
+    next: &'a Block,
+    part: usize,
+    token: usize,
+    byte: usize,
+}
+
+impl Ahead<'_> {
+    /// Lines that are left to ask for.
+    fn lines(next: &Block) -> usize {
+        next.columns.iter().map(|columns| next.tokens * (2 * columns).div_ceil(64)).sum()
+    }
+
+    /// Asks for one line, into the L2.
+    #[inline(always)]
+    unsafe fn step(&mut self) {
+        if self.part < 2 && self.token < self.next.tokens {
+            // SAFETY: a prefetch reads nothing; the address is inside the token all the same.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.tokens_at[self.part][self.token].add(self.byte).cast()) };
+            self.byte += 64;
+            if self.byte >= 2 * self.next.columns[self.part] {
+                self.byte = 0;
+                self.token += 1;
+                if self.token == self.next.tokens {
+                    self.token = 0;
+                    self.part += 1 + usize::from(self.next.columns[1] == 0);
+                }
+            }
+        }
+    }
+}
+
+/// Rows `row..row + MR` times a column panel of interleaved V; asks for `lines` lines of the next block meanwhile.
 #[inline(always)]
 unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
     tile: &Tile,
     row: usize,
-    column: usize,
-    width: usize,
+    (column, width): (usize, usize),
     pairs: usize,
     first: bool,
+    (ahead, lines): (&mut Ahead, usize),
 ) {
     // SAFETY: rows row..row + MR and NV vectors are inside the column panel.
     unsafe {
         let o = tile.o_panel(column).add(row * width);
-        let v = v_panel(tile, column).cast::<f32>();
+        let v = tile.kv.cast_const();
         let mut p = [std::ptr::null::<u8>(); MR];
         let mut acc = [[_mm512_setzero_ps(); NV]; MR];
         for r in 0..MR {
@@ -204,6 +228,9 @@ unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
             }
         }
         for pair in 0..pairs {
+            if pair < lines {
+                ahead.step();
+            }
             let mut vv = transmute_copy([_mm512_setzero_ps(); NV]);
             for j in 0..NV {
                 vv[j] = transmute::<__m512, __m512bh>(_mm512_loadu_ps(v.add(pair * width + 16 * j)));
@@ -215,6 +242,9 @@ unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
                 }
             }
         }
+        for _ in pairs..lines {
+            ahead.step();
+        }
         for r in 0..MR {
             for j in 0..NV {
                 _mm512_storeu_ps(o.add(r * width + 16 * j), acc[r][j]);
@@ -223,39 +253,24 @@ unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
     }
 }
 
-/// Asks for tokens `tokens.0..tokens.1` of a block that will be read soon, into the L2.
-#[inline(always)]
-unsafe fn prefetch(next: &Block, tokens: (usize, usize)) {
-    for (tokens_at, columns) in next.tokens_at.iter().zip(next.columns) {
-        for token in &tokens_at[tokens.0..tokens.1] {
-            for byte in (0..2 * columns).step_by(64) {
-                // SAFETY: a prefetch reads nothing; the address is inside the token all the same.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(token.add(byte).cast()) };
-            }
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn accumulate(tile: &Tile, rows: (usize, usize), tokens: usize, first: bool, next: &Block) {
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn accumulate(tile: &Tile, rows: (usize, usize), tokens: usize, first: bool, block: &Block, next: &Block) {
     let pairs = tokens.div_ceil(2);
-    // The next block is asked for a little at each step, so that its lines come in while products run.
     let steps = tile.v_columns.div_ceil(COLUMNS) * (rows.1 - rows.0).div_ceil(4);
-    let mut step = 0;
+    let lines = Ahead::lines(next).div_ceil(steps.max(1));
+    let mut ahead = Ahead { next, part: 0, token: 0, byte: 0 };
     // SAFETY: only whole register tiles inside the tile.
     unsafe {
         for (column, width) in tile.column_panels() {
-            let mut row = rows.0;
+            interleave(tile, block, tokens, column, width);
+            let (panel, mut row) = ((column, width), rows.0);
             while row < rows.1 {
-                if step < steps {
-                    prefetch(next, (next.tokens * step / steps, next.tokens * (step + 1) / steps));
-                    step += 1;
-                }
+                let ahead = (&mut ahead, lines);
                 match (width == COLUMNS, rows.1 - row >= 4) {
-                    (true, true) => accumulate_tile::<4, 4>(tile, row, column, width, pairs, first),
-                    (true, false) => accumulate_tile::<1, 4>(tile, row, column, width, pairs, first),
-                    (false, true) => accumulate_tile::<4, 2>(tile, row, column, width, pairs, first),
-                    (false, false) => accumulate_tile::<1, 2>(tile, row, column, width, pairs, first),
+                    (true, true) => accumulate_tile::<4, 4>(tile, row, panel, pairs, first, ahead),
+                    (true, false) => accumulate_tile::<1, 4>(tile, row, panel, pairs, first, ahead),
+                    (false, true) => accumulate_tile::<4, 2>(tile, row, panel, pairs, first, ahead),
+                    (false, false) => accumulate_tile::<1, 2>(tile, row, panel, pairs, first, ahead),
                 }
                 row += if rows.1 - row >= 4 { 4 } else { 1 };
             }

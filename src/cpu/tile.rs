@@ -4,7 +4,7 @@
 //!
 //! | step | kernel | what it does |
 //! |---|---|---|
-//! | 1 | `stage` | brings K or V of the block into the form that the products read |
+//! | 1 | `stage` | brings the block into the form that the products read, where they do not read the page |
 //! | 2 | `scores` | S^T = K Q^T, tokens x rows, raw (not scaled) |
 //! | 3 | `softmax` | running maximum and sum of each row; S becomes the weights P |
 //! | 4 | `accumulate` | O = O * alpha + P V |
@@ -21,7 +21,7 @@ use crate::problem::BLOCK_TOKENS;
 /// Rows of a panel: Q and the scores are stored in panels of so many rows, side by side.
 pub(super) const PANEL: usize = 16;
 
-/// Most rows of a tile: 128 x 512 f32 of output (256 KiB), the packed Q (144 KiB bf16) and a block of V (64 KiB) stay in
+/// Most rows of a tile: 128 x 512 f32 of output (256 KiB), the packed Q (144 KiB bf16) and a block of K (72 KiB) stay in
 /// an L2 of 1 MiB.
 pub(super) const MAX_ROWS: usize = 128;
 
@@ -54,7 +54,7 @@ pub(super) struct Tile {
     pub q: *mut f32,
     /// Scores, then weights: [panels][64][16] f32, or [panels][32][16] bf16 pairs.
     pub s: *mut f32,
-    /// The staged block: K [64][k_stride] f32, or V as bf16 pairs [column panels][32][width].
+    /// The staged block: K [64][k_stride] f32, or one column panel of V as bf16 pairs [32][width].
     pub kv: *mut f32,
     /// Output: [column panels][panels * 16][width] f32; a column panel is 64 wide, the last one may be narrower.
     pub o: *mut f32,
@@ -210,9 +210,9 @@ pub(super) struct Kernels {
     pub scores: unsafe fn(&Tile, &Block),
     /// `scale` is softmax_scale * log2(e). With `masked`, row r sees `limit[r]` tokens.
     pub softmax: unsafe fn(&Tile, tokens: usize, scale: f32, masked: bool),
-    /// Rows `rows.0..rows.1`, the block's first `tokens` tokens. With `first`, O and alpha count as 0. May prefetch the
-    /// tokens of `next`, the block that comes after this one; it has 0 tokens after the last.
-    pub accumulate: unsafe fn(&Tile, rows: (usize, usize), tokens: usize, first: bool, next: &Block),
+    /// Rows `rows.0..rows.1`, the first `tokens` tokens of `block`. With `first`, O and alpha count as 0. May prefetch
+    /// the tokens of `next`, the block that comes after this one; it has 0 tokens after the last.
+    pub accumulate: unsafe fn(&Tile, rows: (usize, usize), tokens: usize, first: bool, block: &Block, next: &Block),
     /// Writes row `row` of O, times `factor`, to [`Tile::row`].
     pub read_row: unsafe fn(&Tile, row: usize, factor: f32),
 }

@@ -349,7 +349,7 @@ macro_rules! wide_kernels {
                 unsafe { super::softmax::<$simd, F32Weights>(tile, tokens, scale, masked) }
             }
             $(#[target_feature(enable = $feature)])?
-            unsafe fn accumulate(tile: &Tile, rows: (usize, usize), tokens: usize, first: bool, _: &Block) {
+            unsafe fn accumulate(tile: &Tile, rows: (usize, usize), tokens: usize, first: bool, _: &Block, _: &Block) {
                 // SAFETY: see above.
                 unsafe { super::accumulate::<$simd, $ar, $av>(tile, rows, tokens, first) }
             }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use super::{Api, Stream};
+use crate::backend::BackendBuffer;
 use crate::error::{MlaError, Result};
-use crate::tensor::{TensorView, TensorViewMut};
+use crate::tensor::{Device, TensorView, TensorViewMut};
 use crate::workspace::Workspace;
 
 /// Device memory, freed when dropped. An empty buffer has address 0 and takes no memory.
@@ -118,34 +119,6 @@ impl DeviceBuffer {
         unsafe { self.api.fill_words(address, value, count, stream) }
     }
 
-    /// The tensor that `like` describes over this memory.
-    ///
-    /// # Errors
-    /// Those of [`TensorView::from_raw_parts`].
-    pub(crate) fn view(&self, param: &'static str, like: &TensorView<'_>) -> Result<TensorView<'_>> {
-        let (bytes, device) = (self.bytes as u64, self.api.device());
-        // SAFETY: the buffer's memory, borrowed by the view; freeing it waits for enqueued work.
-        unsafe {
-            TensorView::from_raw_parts(param, self.address, bytes, like.dtype(), like.shape(), like.strides(), device)
-        }
-    }
-
-    /// As [`view`](Self::view), for writing.
-    ///
-    /// # Errors
-    /// Those of [`TensorView::from_raw_parts`].
-    pub(crate) fn view_mut(&mut self, param: &'static str, like: &TensorView<'_>) -> Result<TensorViewMut<'_>> {
-        let (at, bytes, device) = (self.address, self.bytes as u64, self.api.device());
-        // SAFETY: as in `view`, and the borrow is exclusive.
-        unsafe { TensorViewMut::from_raw_parts(param, at, bytes, like.dtype(), like.shape(), like.strides(), device) }
-    }
-
-    /// This memory as a workspace.
-    pub(crate) fn workspace(&mut self) -> Workspace<'_> {
-        // SAFETY: the buffer's memory, borrowed exclusively; freeing it waits for enqueued work.
-        unsafe { Workspace::from_raw_parts(self.address, self.bytes, self.api.device()) }
-    }
-
     fn range(&self, param: &'static str, offset: usize, bytes: usize) -> Result<u64> {
         match offset.checked_add(bytes) {
             Some(end) if end <= self.bytes => Ok(self.address + offset as u64),
@@ -155,6 +128,27 @@ impl DeviceBuffer {
                 limit: self.bytes as u64,
             }),
         }
+    }
+}
+
+impl BackendBuffer for DeviceBuffer {
+    fn view(&self, param: &'static str, like: &TensorView<'_>, _: Device) -> Result<TensorView<'_>> {
+        let (bytes, device) = (self.bytes as u64, self.api.device());
+        // SAFETY: the buffer's memory, borrowed by the view; freeing it waits for enqueued work.
+        unsafe {
+            TensorView::from_raw_parts(param, self.address, bytes, like.dtype(), like.shape(), like.strides(), device)
+        }
+    }
+
+    fn view_mut(&mut self, param: &'static str, like: &TensorView<'_>, _: Device) -> Result<TensorViewMut<'_>> {
+        let (at, bytes, device) = (self.address, self.bytes as u64, self.api.device());
+        // SAFETY: as in `view`, and the borrow is exclusive.
+        unsafe { TensorViewMut::from_raw_parts(param, at, bytes, like.dtype(), like.shape(), like.strides(), device) }
+    }
+
+    fn workspace(&mut self, _: Device) -> Workspace<'_> {
+        // SAFETY: the buffer's memory, borrowed exclusively; freeing it waits for enqueued work.
+        unsafe { Workspace::from_raw_parts(self.address, self.bytes, self.api.device()) }
     }
 }
 

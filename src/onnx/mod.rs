@@ -11,7 +11,7 @@ use crate::cpu::CpuBuffer;
 use crate::error::{MlaError, Result};
 use crate::problem::Problem;
 use crate::schedule::{ScheduleOptions, get_mla_metadata};
-use crate::tensor::{DType, Device, TensorView, TensorViewMut};
+use crate::tensor::{DType, Device};
 use crate::workspace::Workspace;
 
 #[cfg(feature = "conformance")]
@@ -100,37 +100,12 @@ impl MlaBackend for OnnxBackend {
         CpuBuffer::new(bytes)
     }
 
-    fn upload(&self, bytes: &[u8]) -> Result<CpuBuffer> {
-        let mut buffer = CpuBuffer::new(bytes.len())?;
-        buffer.as_bytes_mut().copy_from_slice(bytes);
-        Ok(buffer)
+    fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<CpuBuffer> {
+        CpuBuffer::repeated(tile, bytes)
     }
 
     fn download(&self, buffer: &CpuBuffer, bytes: &mut [u8]) -> Result<()> {
-        let from = buffer.as_bytes();
-        let Some(from) = from.get(..bytes.len()) else {
-            let (value, limit) = (bytes.len() as u64, from.len() as u64);
-            return Err(MlaError::StrideOverrun { param: "download", value, limit });
-        };
-        bytes.copy_from_slice(from);
-        Ok(())
-    }
-
-    fn view<'a>(&self, param: &'static str, buffer: &'a CpuBuffer, like: &TensorView<'_>) -> Result<TensorView<'a>> {
-        buffer.view(param, like)
-    }
-
-    fn view_mut<'a>(
-        &self,
-        param: &'static str,
-        buffer: &'a mut CpuBuffer,
-        like: &TensorView<'_>,
-    ) -> Result<TensorViewMut<'a>> {
-        buffer.view_mut(param, like)
-    }
-
-    fn workspace<'a>(&self, buffer: &'a mut CpuBuffer) -> Workspace<'a> {
-        buffer.workspace()
+        buffer.read(bytes)
     }
 
     /// Makes the graph ready. Lengths are inputs of the graph, so they do not shape it; the splits asked for are

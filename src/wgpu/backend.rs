@@ -16,7 +16,7 @@ use crate::call::{Inputs, Outputs};
 use crate::error::{MlaError, Result};
 use crate::problem::Problem;
 use crate::schedule::{PartMetadata, ScheduleOptions};
-use crate::tensor::{DType, Device, TensorView, TensorViewMut};
+use crate::tensor::{DType, Device};
 use crate::workspace::Workspace;
 
 /// The most scratch memory asked for where less would do in several chunks.
@@ -236,12 +236,6 @@ impl MlaBackend for WgpuBackend {
         self.context.alloc(bytes)
     }
 
-    fn upload(&self, bytes: &[u8]) -> Result<WgpuBuffer> {
-        let buffer = self.alloc(bytes.len())?;
-        self.context.write(&buffer.buffer, bytes)?;
-        Ok(buffer)
-    }
-
     fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<WgpuBuffer> {
         let buffer = self.alloc(bytes)?;
         self.context.fill(&buffer, &tile[..tile.len().min(bytes)])?;
@@ -254,25 +248,6 @@ impl MlaBackend for WgpuBackend {
             return Err(MlaError::StrideOverrun { param: "buffer", value, limit });
         }
         self.context.read(&buffer.buffer, 0, bytes)
-    }
-
-    fn view<'a>(&self, param: &'static str, buffer: &'a WgpuBuffer, like: &TensorView<'_>) -> Result<TensorView<'a>> {
-        let (bytes, device) = (buffer.bytes() as u64, self.info.device);
-        TensorView::from_object(param, &buffer.buffer, 0, bytes, like.dtype(), like.shape(), like.strides(), device)
-    }
-
-    fn view_mut<'a>(
-        &self,
-        param: &'static str,
-        buffer: &'a mut WgpuBuffer,
-        like: &TensorView<'_>,
-    ) -> Result<TensorViewMut<'a>> {
-        let (bytes, device) = (buffer.bytes() as u64, self.info.device);
-        TensorViewMut::from_object(param, &buffer.buffer, 0, bytes, like.dtype(), like.shape(), like.strides(), device)
-    }
-
-    fn workspace<'a>(&self, buffer: &'a mut WgpuBuffer) -> Workspace<'a> {
-        Workspace::from_object(&buffer.buffer, 0, buffer.bytes(), self.info.device)
     }
 
     fn schedule(

@@ -4,8 +4,10 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::context::{Context, platform};
+use crate::backend::BackendBuffer;
 use crate::error::{MlaError, Result};
-use crate::tensor::TensorView;
+use crate::tensor::{Device, TensorView, TensorViewMut};
+use crate::workspace::Workspace;
 
 /// Memory that the backend allocated.
 pub struct WgpuBuffer {
@@ -21,6 +23,22 @@ impl WgpuBuffer {
     /// The bytes asked for.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+}
+
+impl BackendBuffer for WgpuBuffer {
+    fn view(&self, param: &'static str, like: &TensorView<'_>, device: Device) -> Result<TensorView<'_>> {
+        let bytes = self.bytes as u64;
+        TensorView::from_object(param, &self.buffer, 0, bytes, like.dtype(), like.shape(), like.strides(), device)
+    }
+
+    fn view_mut(&mut self, param: &'static str, like: &TensorView<'_>, device: Device) -> Result<TensorViewMut<'_>> {
+        let bytes = self.bytes as u64;
+        TensorViewMut::from_object(param, &self.buffer, 0, bytes, like.dtype(), like.shape(), like.strides(), device)
+    }
+
+    fn workspace(&mut self, device: Device) -> Workspace<'_> {
+        Workspace::from_object(&self.buffer, 0, self.bytes, device)
     }
 }
 

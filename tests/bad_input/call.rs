@@ -1,6 +1,7 @@
 //! A call that is right in every way, and what it means that it is refused.
 
-use polymla::conformance::{Call, HostTensor, PoisonedOutputs, open_all};
+use crate::common::backends;
+use polymla::conformance::{Call, HostTensor, PoisonedOutputs};
 use polymla::cpu::CpuBackend;
 use polymla::tensor::contiguous_strides;
 use polymla::{DType, HostWorkspace, MlaBackend, MlaError, Problem, ScheduleOptions, get_mla_metadata};
@@ -73,7 +74,7 @@ pub fn refused(call: &Call) -> MlaError {
 pub fn refused_with(call: &Call, mut results: PoisonedOutputs) -> MlaError {
     let inputs = call.inputs().unwrap();
     let mut errors = Vec::new();
-    for backend in open_all().unwrap() {
+    for backend in backends() {
         let mut outputs = results.outputs().unwrap();
         let options = ScheduleOptions::default();
         errors.push(backend.decode(&call.problem, &options, &inputs, &mut outputs).expect_err("it was accepted"));

@@ -1,6 +1,6 @@
 //! Workspaces, schedules and memory that do not go with the call.
 
-use polymla::conformance::{HostTensor, open_all};
+use polymla::conformance::HostTensor;
 use polymla::cpu::CpuBackend;
 use polymla::{
     DType, HostWorkspace, Inputs, KvCache, MlaBackend, MlaError, Outputs, Query, ScheduleOptions, TensorView,
@@ -8,6 +8,7 @@ use polymla::{
 };
 
 use crate::call::*;
+use crate::common::backends;
 
 #[test]
 fn workspace_too_small() {
@@ -90,7 +91,7 @@ fn outputs_over_inputs() {
     };
     let inputs = Inputs { query: Query::Fused(q), ..call.inputs().unwrap() };
     let mut outputs = Outputs { out, lse: TensorViewMut::from_slice("lse", &mut lse, &LSE).unwrap() };
-    for backend in open_all().unwrap() {
+    for backend in backends() {
         let error = backend.decode(&call.problem, &Default::default(), &inputs, &mut outputs).unwrap_err();
         assert_eq!(error, MlaError::Overlap { param: "out", other: "q", value: 0 });
     }
@@ -109,7 +110,7 @@ fn tensors_elsewhere() {
     let inputs = Inputs { kv_cache: KvCache::Fused(k), ..call.inputs().unwrap() };
     let mut results = call.poisoned_outputs().unwrap();
     let mut outputs = results.outputs().unwrap();
-    for backend in open_all().unwrap() {
+    for backend in backends() {
         let error = backend.decode(&call.problem, &Default::default(), &inputs, &mut outputs).unwrap_err();
         let limit = polymla::Device::Host;
         assert_eq!(error, MlaError::WrongDevice { param: "k_cache", value: gpu, limit });

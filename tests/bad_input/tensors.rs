@@ -1,9 +1,10 @@
 //! Wrong tensors: shapes, types, strides, memory.
 
-use polymla::conformance::{HostTensor, Layout, PoisonedOutputs, open_all};
+use polymla::conformance::{HostTensor, Layout, PoisonedOutputs};
 use polymla::{DType, Mask, MlaError, TensorView, TensorViewMut};
 
 use crate::call::*;
+use crate::common::backends;
 
 #[test]
 fn mismatched_shapes() {
@@ -84,7 +85,7 @@ fn mismatched_dtypes() {
         let inputs = call.inputs().unwrap();
         let mut results = call.poisoned_outputs().unwrap();
         let mut outputs = results.outputs().unwrap();
-        for backend in open_all().unwrap() {
+        for backend in backends() {
             let error = backend.decode(&call.problem, &Default::default(), &inputs, &mut outputs).unwrap_err();
             assert_eq!(error, MlaError::DTypeMismatch { param: name, value, limit });
         }

@@ -6,7 +6,7 @@ use polymla::cpu::{CpuBackend, CpuBuffer};
 use polymla::schedule::{DEFAULT_INVARIANT_BLOCKS, DEFAULT_OVERHEAD_BLOCKS, PartMetadata};
 use polymla::{
     BackendInfo, DType, Device, Evidence, Inputs, KvCache, Mask, MlaBackend, MlaError, Outputs, Problem, Query, Result,
-    ScheduleOptions, SplitPolicy, TensorView, TensorViewMut, Unsupported, Workspace,
+    ScheduleOptions, SplitPolicy, TensorView, Unsupported, Workspace,
 };
 
 use crate::library::{Kernels, Variant};
@@ -283,25 +283,11 @@ impl MlaBackend for SimtBackend {
     fn alloc(&self, bytes: usize) -> Result<CpuBuffer> {
         self.memory.alloc(bytes)
     }
-    fn upload(&self, bytes: &[u8]) -> Result<CpuBuffer> {
-        self.memory.upload(bytes)
+    fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<CpuBuffer> {
+        self.memory.upload_repeated(tile, bytes)
     }
     fn download(&self, buffer: &CpuBuffer, bytes: &mut [u8]) -> Result<()> {
         self.memory.download(buffer, bytes)
-    }
-    fn view<'a>(&self, param: &'static str, buffer: &'a CpuBuffer, like: &TensorView<'_>) -> Result<TensorView<'a>> {
-        self.memory.view(param, buffer, like)
-    }
-    fn view_mut<'a>(
-        &self,
-        param: &'static str,
-        buffer: &'a mut CpuBuffer,
-        like: &TensorView<'_>,
-    ) -> Result<TensorViewMut<'a>> {
-        self.memory.view_mut(param, buffer, like)
-    }
-    fn workspace<'a>(&self, buffer: &'a mut CpuBuffer) -> Workspace<'a> {
-        self.memory.workspace(buffer)
     }
 
     fn schedule(

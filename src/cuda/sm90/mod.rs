@@ -30,7 +30,7 @@ use crate::device::{Api, DeviceBuffer, Event, FLUSH_BYTES, Function, OwnedStream
 use crate::error::{MlaError, Result};
 use crate::problem::{KvFormat, Problem};
 use crate::schedule::ScheduleOptions;
-use crate::tensor::{TensorView, TensorViewMut};
+use crate::tensor::TensorView;
 use crate::workspace::Workspace;
 
 pub use plan::Sm90Schedule;
@@ -202,33 +202,12 @@ impl MlaBackend for Sm90Backend {
         DeviceBuffer::alloc(&self.device, bytes)
     }
 
-    fn upload(&self, bytes: &[u8]) -> Result<DeviceBuffer> {
-        DeviceBuffer::repeated(&self.device, bytes, bytes.len())
-    }
-
     fn upload_repeated(&self, tile: &[u8], bytes: usize) -> Result<DeviceBuffer> {
         DeviceBuffer::repeated(&self.device, tile, bytes)
     }
 
     fn download(&self, buffer: &DeviceBuffer, bytes: &mut [u8]) -> Result<()> {
         buffer.read(0, bytes)
-    }
-
-    fn view<'a>(&self, param: &'static str, buffer: &'a DeviceBuffer, like: &TensorView<'_>) -> Result<TensorView<'a>> {
-        buffer.view(param, like)
-    }
-
-    fn view_mut<'a>(
-        &self,
-        param: &'static str,
-        buffer: &'a mut DeviceBuffer,
-        like: &TensorView<'_>,
-    ) -> Result<TensorViewMut<'a>> {
-        buffer.view_mut(param, like)
-    }
-
-    fn workspace<'a>(&self, buffer: &'a mut DeviceBuffer) -> Workspace<'a> {
-        buffer.workspace()
     }
 
     fn schedule(
