@@ -1,229 +1,247 @@
 // Merging the pieces of split requests.
 //
-// Tile      n8 blocks (16 rows x 8 columns of O, in fragment order): 512 contiguous bytes a
-//           piece and block, 16 bytes a lane, eight loads in flight.
-// Roles     when there is much to merge every warp takes four n8 blocks, two pieces at a
-//           time; when there is little (small batches) the eight warps of a CTA share one
-//           block's pieces and merge in shared memory. The order of summation is fixed.
-// Pipeline  launched as a programmatic dependent of the main kernel: the list of split
-//           requests is made while that runs, the partial results are read after it.
+// Tile      a chunk: 16 packed rows and 512 contiguous bytes of every piece, 16 bytes a lane (tile.h).
+// Roles     a CTA's 16 warps take 16 / G chunks of one row group; G warps share the pieces of a chunk. G grows as
+//           there is less to merge, so that all loads of the call are in flight at once.
+// Pipeline  launched as a programmatic dependent of the main kernel. Each warp has up to eight pieces copied to shared memory
+//           (cp.async), turns what there is about one row into weights meanwhile, and adds up. The order of summation is fixed.
 //
-// Grid: any number of CTAs of 256 threads; they share the work evenly.
+// What runs once is bound by fetching instructions, some ten cycles each at best: loops are rolled wherever their
+// loads are in flight already.
+//
+// Grid: two CTAs of 512 threads an SM; they share the work evenly.
 #include "tile.h"
 
 namespace polymla {
 
-constexpr int COMBINE_THREADS = 256;
-constexpr int MAX_PARTS = 1024;
+constexpr int COMBINE_WARPS = 16;
+constexpr int COMBINE_THREADS = COMBINE_WARPS * 32;
+constexpr int AT_ONCE = 8;          // pieces that a warp has in flight
+constexpr int ROUND = 160;          // pieces weighed at once; with 132 SMs no request has more
+constexpr u32 FIXED_SHARE = 4;      // G in batch-invariant mode, where the order must not depend on the batch
 
-struct Merge {
-    float m0, m1, w0, w1;   // running maximum and weight of rows g and g + 8
-    float4 o;
-    PM_DEV void init() {
-        m0 = m1 = -1e30f;
-        w0 = w1 = 0.0f;
-        o = make_float4(0, 0, 0, 0);
-    }
-    PM_DEV void add(float lse0, float lse1, float weight0, float weight1, float4 v) {
-        const float n0 = fmaxf(m0, lse0), n1 = fmaxf(m1, lse1);
-        const float a0 = exp2_fast(m0 - n0), a1 = exp2_fast(m1 - n1);
-        const float b0 = exp2_fast(lse0 - n0), b1 = exp2_fast(lse1 - n1);
-        o.x = o.x * a0 + v.x * b0;
-        o.y = o.y * a0 + v.y * b0;
-        o.z = o.z * a1 + v.z * b1;
-        o.w = o.w * a1 + v.w * b1;
-        w0 = w0 * a0 + weight0 * b0;
-        w1 = w1 * a1 + weight1 * b1;
-        m0 = n0;
-        m1 = n1;
-    }
+struct CombineSmem {
+    uint4 pieces[COMBINE_WARPS][AT_ONCE][32];
+    // By piece and row: the exact sum, maximum, sum, and the half's exponent, which becomes the weight. Padded: a warp reads a column.
+    float rows[ROUND][4 * 16 + 4];
 };
 
+static_assert(sizeof(CombineSmem) == 109056, "the host asks for as much");
+
+struct Pieces {
+    int req, count;
+    int first, next, step;      // slots: `first`, then `next`, `next` + `step`, ...
+    PM_DEV int slot(int piece) const { return piece == 0 ? first : next + (piece - 1) * step; }
+};
+
+// Adds one lane's 16 bytes of a piece, weighted by row.
 template <class Elem>
-PM_DEV void store_merged(const DecodeParams& p, const Merge& s, int req, int kv_head, int first_row, int half, int block,
-                         int lane) {
+PM_DEV void add_piece(float (&acc)[Partial<Elem>::VALUES], const uint4& v, float w0, float w1) {
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-        const int row = first_row + lane / 4 + 8 * k;
-        if (row >= p.s_q * p.heads_per_kv) return;
-        const int j = row / p.heads_per_kv, h = kv_head * p.heads_per_kv + row - j * p.heads_per_kv;
-        const float w = k ? s.w1 : s.w0, m = k ? s.m1 : s.m0;
-        const float inv = w == 0.0f ? 0.0f : 1.0f / w;
-        u16* dst = reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(j) * p.out_stride_s +
-                   i64(h) * p.out_stride_h + (half * 256 + block * 8 + lane % 4 * 2) * p.out_stride_d;
-        const u32 word = pack2<Elem>((k ? s.o.z : s.o.x) * inv, (k ? s.o.w : s.o.y) * inv);
-        if (p.flags & FLAG_OUT_VEC16) {
-            *reinterpret_cast<u32*>(dst) = word;
+    for (int i = 0; i < 4; ++i) {
+        if (Partial<Elem>::HALF) {      // words: block, row g | row g + 8 | next block, row g | row g + 8
+            float lo, hi;
+            unpack2_f16(words[i], lo, hi);
+            const float w = i & 1 ? w1 : w0;
+            acc[2 * i % Partial<Elem>::VALUES] += lo * w;
+            acc[(2 * i + 1) % Partial<Elem>::VALUES] += hi * w;
         } else {
-            dst[0] = u16(word);
-            dst[p.out_stride_d] = u16(word >> 16);
+            acc[i] += __uint_as_float(words[i]) * (i & 2 ? w1 : w0);
         }
-        if (half == 0 && block == 0 && lane % 4 == 0)
-            p.lse[i64(req) * p.lse_stride_b + i64(h) * p.lse_stride_h + i64(j) * p.lse_stride_s] =
-                w == 0.0f ? __int_as_float(0x7f800000) : logf(w) + m * 0.6931471805599453f;
     }
 }
 
-// Pieces first, first + step, ... of N adjacent n8 blocks, U pieces at a time.
-template <int N, int U, class SlotOf>
-PM_DEV void merge_pieces(const DecodeParams& p, Merge (&s)[N], SlotOf slot_of, int first, int step, int n, int kv_head,
-                         int m_tile, int row_group, int half, int block, int lane) {
-#pragma unroll 1
-    for (int base = first; base < n; base += step * U) {
-        float l0[U], l1[U];
-        float4 v[U][N];
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const int piece = base + u * step;
-            l0[u] = l1[u] = -__int_as_float(0x7f800000);
-#pragma unroll
-            for (int i = 0; i < N; ++i) v[u][i] = make_float4(0, 0, 0, 0);
-            if (piece < n) {
-                const i64 tile = partial_tile(p, slot_of(piece), kv_head, m_tile);
-                const float* lse = p.partial_lse + tile * TILE_M + row_group * 16 + lane / 4;
-                l0[u] = __ldcg(lse);
-                l1[u] = __ldcg(lse + 8);
-                const float4* src = reinterpret_cast<const float4*>(p.partial_out) +
-                                    ((tile * 4 + row_group) * 2 + half) * 1024 + block * 32 + lane;
-#pragma unroll
-                for (int i = 0; i < N; ++i) v[u][i] = __ldcg(src + i * 32);
-            }
-        }
-        float n0 = s[0].m0, n1 = s[0].m1;
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            n0 = fmaxf(n0, l0[u]);
-            n1 = fmaxf(n1, l1[u]);
-        }
-        const float a0 = exp2_fast(s[0].m0 - n0), a1 = exp2_fast(s[0].m1 - n1);
-        float w0 = s[0].w0 * a0, w1 = s[0].w1 * a1;
-#pragma unroll
-        for (int i = 0; i < N; ++i) s[i].o = make_float4(s[i].o.x * a0, s[i].o.y * a0, s[i].o.z * a1, s[i].o.w * a1);
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const float b0 = exp2_fast(l0[u] - n0), b1 = exp2_fast(l1[u] - n1);
-            w0 += b0;
-            w1 += b1;
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-                s[i].o.x += v[u][i].x * b0;
-                s[i].o.y += v[u][i].y * b0;
-                s[i].o.z += v[u][i].z * b1;
-                s[i].o.w += v[u][i].w * b1;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            s[i].m0 = n0;
-            s[i].m1 = n1;
-            s[i].w0 = w0;
-            s[i].w1 = w1;
-        }
-    }
+// Where row `row` of the packed ones lies in a tensor of these strides.
+PM_DEV i64 row_offset(const DecodeParams& p, int req, int kv_head, int row, i64 stride_b, i64 stride_h, i64 stride_s) {
+    const int s = p.heads_magic ? int(__umulhi(u32(row), p.heads_magic)) : row;
+    return i64(req) * stride_b + i64(kv_head * p.heads_per_kv + row - s * p.heads_per_kv) * stride_h + i64(s) * stride_s;
 }
 
 template <class Elem>
 PM_DEV void combine(const DecodeParams& p) {
-    __shared__ int4 owners[MAX_PARTS];      // split requests: request, pieces, slot of the first, of the second
-    __shared__ int warp_count[COMBINE_THREADS / 32];
-    __shared__ float4 shared_o[8][32];
-    __shared__ float4 shared_mw[8][32];
-    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+    typedef Partial<Elem> Format;
+    extern __shared__ __align__(1024) char smem_raw[];
+    CombineSmem& smem = *reinterpret_cast<CombineSmem*>(smem_raw);
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const bool fixed = p.fixed_split_blocks > 0;
 
-    int count = 0;
-    if (fixed) {
-        count = p.b;
-    } else {
-        for (int base = 0; base < p.num_parts; base += COMBINE_THREADS) {
-            const int part = base + tid;
-            bool owner = false;
-            int4 info = {0, 0, 0, 0};
-            if (part < p.num_parts) {
-                const PartMeta m = p.parts[part];
-                owner = m.begin_req < p.b && m.end_req >= m.begin_req && m.last_req_split &&
-                        (m.begin_req < m.end_req || m.begin_block == 0);
-                if (owner)
-                    info = make_int4(m.end_req, p.num_splits[m.end_req + 1] - p.num_splits[m.end_req],
-                                     2 * part + (m.begin_req == m.end_req ? 0 : 1), 2 * (part + 1));
-            }
-            const u32 ballot = __ballot_sync(0xffffffffu, owner);
-            if (lane == 0) warp_count[warp] = __popc(ballot);
-            __syncthreads();
-            int at = count + __popc(ballot & ((1u << lane) - 1));
-            for (int w = 0; w < COMBINE_THREADS / 32; ++w) {
-                if (w < warp) at += warp_count[w];
-                count += warp_count[w];
-            }
-            if (owner && at < MAX_PARTS) owners[at] = info;
-            __syncthreads();
-        }
-        count = min(count, MAX_PARTS);
-    }
-    pdl_wait();
-    if (count == 0) return;
+    PM_MERGE(0);
+    const int count = fixed ? p.b : p.owners[0].req;
+    // 32 bits do: an item is 128 elements of out or more.
+    const u32 rows = p.s_q * p.heads_per_kv, row_groups = (rows + 15) / 16;
+    const u32 units = u32(count) * p.h_kv * row_groups;
+    u32 share = 1;      // G
+    if (fixed)
+        share = FIXED_SHARE;
+    else
+        while (share < COMBINE_WARPS && units * Format::CHUNKS * share * 2 <= gridDim.x * COMBINE_WARPS) share *= 2;
+    const u32 together = COMBINE_WARPS / share;        // chunks of a CTA
+    const u32 per_unit = Format::CHUNKS / together;
+    const u32 first_piece = warp / together;
+    const int tile_step = p.h_kv * p.m_tiles;
+    PM_MERGE(1);
+    bool waited = false;
 
-    const int rows = p.s_q * p.heads_per_kv;
-    const int row_groups = (rows + 15) / 16;                        // over all M tiles
-    const i64 units = i64(count) * p.h_kv * row_groups * 2;         // x 32 n8 blocks each
-    const bool share = !fixed && units * 4 < gridDim.x;
-    const int per_unit = share ? 32 : 1;
-
-    for (i64 item = blockIdx.x; item < units * per_unit; item += gridDim.x) {
-        const i64 unit = item / per_unit;
-        const int block = share ? int(item - unit * per_unit) : warp * 4;
-        const int half = int(unit & 1);
-        const int row_group = int((unit >> 1) % row_groups);
-        const int rest = int((unit >> 1) / row_groups);
-        const int kv_head = rest % p.h_kv, owner = rest / p.h_kv;
-        int req, n, first_slot, next_slot, slot_step;
-        if (fixed) {
-            req = owner;
-            first_slot = p.num_splits[req];
-            n = p.num_splits[req + 1] - first_slot;
-            next_slot = first_slot + 1;
-            slot_step = 1;
-        } else {
-            const int4 info = owners[owner];
-            req = info.x;
-            n = info.y;
-            first_slot = info.z;
-            next_slot = info.w;
-            slot_step = 2;
-        }
-        if (n <= 1) continue;
-        auto slot_of = [&](int piece) { return piece == 0 ? first_slot : next_slot + (piece - 1) * slot_step; };
-        if (share) {
-            Merge s[1];
-            s[0].init();
-            merge_pieces<1, 8>(p, s, slot_of, warp, 8, n, kv_head, row_group / 4, row_group % 4, half, block, lane);
-            shared_o[warp][lane] = s[0].o;
-            shared_mw[warp][lane] = make_float4(s[0].m0, s[0].m1, s[0].w0, s[0].w1);
-            __syncthreads();
-            if (warp == 0) {
 #pragma unroll 1
-                for (int w = 1; w < 8; ++w) {
-                    const float4 mw = shared_mw[w][lane];
-                    s[0].add(mw.x, mw.y, mw.z, mw.w, shared_o[w][lane]);
+    for (u32 item = blockIdx.x; item < units * per_unit; item += gridDim.x) {
+        const u32 unit = item / per_unit, chunk = (item - unit * per_unit) * together + warp % together;
+        const u32 rest = unit / row_groups, row_group = unit - rest * row_groups;
+        const u32 index = rest / p.h_kv, kv_head = rest - index * p.h_kv;
+        Pieces pieces;
+        if (fixed) {
+            const int first = p.num_splits[index];
+            pieces = Pieces{int(index), p.num_splits[index + 1] - first, first, first + 1, 1};
+        } else {
+            const Owner owner = p.owners[1 + index];
+            pieces = Pieces{owner.req, owner.pieces, owner.slot, (owner.slot | 1) + 1, 2};
+        }
+        if (pieces.count <= 1) continue;
+        // Of slot 0: this lane's 16 bytes, and what there is about the rows.
+        const u32 tile = kv_head * p.m_tiles + row_group / 4;
+        const uint4* data = reinterpret_cast<const uint4*>(p.partial_out) + i64(tile) * Format::UNITS +
+                            (row_group % 4 * Format::CHUNKS + chunk) * 32 + lane;
+        const float* row_data = p.partial_rows + i64(tile) * PARTIAL_ROWS + row_group % 4 * PARTIAL_GROUP;
+        // Pieces base, base + share, ... below `end`, at most AT_ONCE, into this warp's place. A lane reads what it copied itself.
+        uint4* place = smem.pieces[warp][0] + lane;
+        auto copy_data = [&](int base, int end) {
+            u32 to = smem_addr(place);
+            end = min(end, base + int(share) * AT_ONCE);
+#pragma unroll 1
+            for (int piece = base; piece < end; piece += share, to += 512)
+                cp_async16(to, data + i64(pieces.slot(piece)) * tile_step * Format::UNITS);
+            cp_async_commit();
+        };
+        // Sixteen copies a piece: exact sums, maxima, sums, and the exponents of the half that the CTA's chunks all lie in.
+        const u32 field = threadIdx.x / 4 % 4, unit_of_field = threadIdx.x % 4;
+        const float* source = row_data + field * 16 + unit_of_field * 4 + (field == 3 && chunk >= Format::CHUNKS / 2 ? 16 : 0);
+        auto copy_rows = [&](int round, int end) {
+#pragma unroll 1
+            for (int piece = round + int(threadIdx.x / 16); piece < end; piece += COMBINE_THREADS / 16)
+                cp_async16(smem_addr(&smem.rows[piece - round][field * 16 + unit_of_field * 4]),
+                           source + i64(pieces.slot(piece)) * tile_step * PARTIAL_ROWS);
+            cp_async_commit();
+        };
+        if (!waited) pdl_wait();
+        waited = true;
+        PM_MERGE(2);
+        const bool one_round = pieces.count <= ROUND;
+
+        // One row a warp, a piece a lane. The exponents are integers, so that no weight is rounded, however large the logits.
+        // fmaxf passes NaN over, the sums do not.
+        float m = -1e30f, sum = 0.0f, exact = 0.0f;
+#pragma unroll 1
+        for (int round = 0; round < pieces.count; round += ROUND) {
+            const int n = min(ROUND, pieces.count - round);
+            copy_rows(round, round + n);
+            copy_data(first_piece, one_round ? n : 0);
+            cp_async_wait<1>();
+            __syncthreads();
+            float top = m;
+#pragma unroll 1
+            for (int i = lane; i < n; i += 32) top = fmaxf(top, smem.rows[i][16 + warp]);
+#pragma unroll
+            for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
+            const float f = exp2_fast(m - top);
+            sum *= f;
+            exact *= f;
+            m = top;
+#pragma unroll 1
+            for (int i = lane; i < n; i += 32) {
+                const float w = exp2_fast(smem.rows[i][16 + warp] - m);
+                sum += smem.rows[i][32 + warp] * w;
+                if (Elem::TWO_SUMS) exact += smem.rows[i][warp] * w;
+            }
+            if (!one_round) __syncthreads();
+        }
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, d);
+            if (Elem::TWO_SUMS) exact += __shfl_xor_sync(0xffffffffu, exact, d);
+        }
+        if (!Elem::TWO_SUMS) exact = sum;
+        if (item == unit * per_unit && lane == 0 && row_group * 16 + warp < rows)
+            p.lse[row_offset(p, pieces.req, kv_head, row_group * 16 + warp, p.lse_stride_b, p.lse_stride_h, p.lse_stride_s)] =
+                exact == 0.0f ? __int_as_float(0x7f800000) : (log2_fast(exact) + m) * 0.6931471805599453f;
+        const float inv = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+
+        float acc[Format::VALUES];
+#pragma unroll
+        for (int i = 0; i < Format::VALUES; ++i) acc[i] = 0.0f;
+#pragma unroll 1
+        for (int round = 0; round < pieces.count; round += ROUND) {
+            const int end = min(round + ROUND, pieces.count);
+            if (!one_round) {
+                copy_rows(round, end);
+                copy_data(round + first_piece, end);
+                cp_async_wait<1>();
+                __syncthreads();
+            }
+#pragma unroll 1
+            for (int i = lane; i < end - round; i += 32)
+                smem.rows[i][48 + warp] = exp2_fast(smem.rows[i][48 + warp] - m) * inv;
+            __syncthreads();
+#pragma unroll 1
+            for (int begin = round + first_piece; begin < end; begin += share * AT_ONCE) {
+                const uint4* v = place;
+                const int stop = min(end, begin + int(share) * AT_ONCE);
+                cp_async_wait<0>();
+#pragma unroll 1
+                for (int piece = begin; piece < stop; piece += share, v += 32) {
+                    const float* w = smem.rows[piece - round] + 48 + lane / 4;
+                    add_piece<Elem>(acc, *v, w[0], w[8]);
                 }
-                store_merged<Elem>(p, s[0], req, kv_head, row_group * 16, half, block, lane);
+                copy_data(begin + share * AT_ONCE, end);
+            }
+            __syncthreads();    // others are through with the weights, and with the place for sums
+        }
+        if (share > 1) {
+            float4* sums = reinterpret_cast<float4*>(smem.pieces);
+#pragma unroll
+            for (int i = 0; i < Format::VALUES / 4; ++i)
+                sums[(warp * (Format::VALUES / 4) + i) * 32 + lane] =
+                    make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+            __syncthreads();
+#pragma unroll 1
+            for (u32 w = warp + together; first_piece == 0 && w < COMBINE_WARPS; w += together) {
+#pragma unroll
+                for (int i = 0; i < Format::VALUES / 4; ++i) {
+                    const float4 o = sums[(w * (Format::VALUES / 4) + i) * 32 + lane];
+                    acc[4 * i] += o.x;
+                    acc[4 * i + 1] += o.y;
+                    acc[4 * i + 2] += o.z;
+                    acc[4 * i + 3] += o.w;
+                }
             }
             __syncthreads();
-        } else {
-            Merge s[4];
+        }
+        if (first_piece > 0) continue;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) s[i].init();
-            merge_pieces<4, 2>(p, s, slot_of, 0, 1, n, kv_head, row_group / 4, row_group % 4, half, block, lane);
+        for (int k = 0; k < 2; ++k) {
+            const u32 row = row_group * 16 + lane / 4 + 8 * k;
+            if (row >= rows) break;
+            u16* dst = reinterpret_cast<u16*>(p.out) +
+                       row_offset(p, pieces.req, kv_head, row, p.out_stride_b, p.out_stride_h, p.out_stride_s) +
+                       i64(chunk * (Format::VALUES * 2) + lane % 4 * 2) * p.out_stride_d;
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                store_merged<Elem>(p, s[i], req, kv_head, row_group * 16, half, block + i, lane);
+            for (int i = 0; i < Format::VALUES / 4; ++i) {
+                const u32 word = pack2<Elem>(acc[4 * i + 2 * k], acc[4 * i + 2 * k + 1]);
+                if (p.flags & FLAG_OUT_VEC16) {
+                    *reinterpret_cast<u32*>(dst) = word;
+                } else {
+                    dst[0] = u16(word);
+                    dst[p.out_stride_d] = u16(word >> 16);
+                }
+                dst += 8 * p.out_stride_d;
+            }
         }
     }
+    PM_MERGE(3);
 }
 
 }  // namespace polymla
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(512, 2)
     polymla_combine_bf16(const __grid_constant__ polymla::DecodeParams p) { polymla::combine<polymla::Bf16>(p); }
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(512, 2)
     polymla_combine_f16(const __grid_constant__ polymla::DecodeParams p) { polymla::combine<polymla::F16>(p); }

@@ -1,8 +1,8 @@
 // The two PV warpgroups: O += P V, one half of the 512 columns each, 64 x 256 f32 in
 // 128 registers a thread; then the epilogue straight from registers.
 //
-// A whole request is written to `out`; a piece of one goes to the workspace, normalised,
-// in fragment order. The epilogue touches no shared memory, so the loaders and the QK warpgroup are already at work on
+// A whole request is written to `out`; a piece of one goes to the workspace, not
+// normalised, in fragment order. The epilogue touches no shared memory, so the loaders and the QK warpgroup are already at work on
 // the next request.
 #pragma once
 
@@ -24,14 +24,51 @@ struct PvWarpgroup {
         named_barrier(BAR_TAIL + half, 128);
     }
 
-    static PM_DEV void store_partial(const DecodeParams& p, const float (&o)[2][64], i64 tile, u32 half) {
+    // The exponent of the scale that brings a row's largest value just below 2^15.
+    static PM_DEV int partial_scale(float top) {
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        return min(14 + 127 - int(__float_as_uint(top) >> 23), 120);
+    }
+
+    // O as it is, m0 and m1 being what its weights were relative to.
+    static PM_DEV void store_partial(const DecodeParams& p, float (&o)[2][64], i64 tile, u32 half, float m0, float m1) {
+        typedef Partial<Elem> Format;
         const u32 warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
-        const float* dst = p.partial_out + (((tile * 4 + warp) * 2 + half) * 1024 + lane) * 4;
+        uint4* dst = reinterpret_cast<uint4*>(p.partial_out) + tile * Format::UNITS +
+                     ((warp * 2 + half) * (Format::CHUNKS / 2)) * 32 + lane;
+        if (Format::HALF) {
+            float top0 = 0.0f, top1 = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 32; ++i)
-            asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(dst + i * 128), "f"(o[i / 16][i % 16 * 4]),
-                         "f"(o[i / 16][i % 16 * 4 + 1]), "f"(o[i / 16][i % 16 * 4 + 2]), "f"(o[i / 16][i % 16 * 4 + 3])
-                         : "memory");
+            for (int i = 0; i < 64; i += 4) {
+                top0 = fmaxf(fmaxf(top0, fmaxf(fabsf(o[0][i]), fabsf(o[0][i + 1]))), fmaxf(fabsf(o[1][i]), fabsf(o[1][i + 1])));
+                top1 = fmaxf(fmaxf(top1, fmaxf(fabsf(o[0][i + 2]), fabsf(o[0][i + 3]))),
+                             fmaxf(fabsf(o[1][i + 2]), fabsf(o[1][i + 3])));
+            }
+            const int e0 = partial_scale(top0), e1 = partial_scale(top1);
+            const float f0 = __uint_as_float(u32(127 + e0) << 23), f1 = __uint_as_float(u32(127 + e1) << 23);
+            m0 -= float(e0);
+            m1 -= float(e1);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+                const float* v = &o[i / 8][i % 8 * 8];
+                asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(dst + i * 32), "r"(pack2<F16>(v[0] * f0, v[1] * f0)),
+                             "r"(pack2<F16>(v[2] * f1, v[3] * f1)), "r"(pack2<F16>(v[4] * f0, v[5] * f0)),
+                             "r"(pack2<F16>(v[6] * f1, v[7] * f1))
+                             : "memory");
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 32; ++i)
+                asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(dst + i * 32), "f"(o[i / 16][i % 16 * 4]),
+                             "f"(o[i / 16][i % 16 * 4 + 1]), "f"(o[i / 16][i % 16 * 4 + 2]), "f"(o[i / 16][i % 16 * 4 + 3])
+                             : "memory");
+        }
+        if (lane % 4 == 0) {
+            float* exponent = p.partial_rows + tile * PARTIAL_ROWS + warp * PARTIAL_GROUP + PARTIAL_EXPONENT + half * 16 + lane / 4;
+            exponent[0] = m0;
+            exponent[8] = m1;
+        }
     }
 
     // Two packed rows of this half. The tma kernels write rows of contiguous, 16-byte aligned columns only: a quad's
@@ -64,11 +101,15 @@ struct PvWarpgroup {
         }
     }
 
-    // O / l, in place, then out.
+    // A piece, or O / l, in place, then out.
     static PM_DEV void store(const DecodeParams& p, float (&o)[2][64], float inv0, float inv1, int req, int slot, u32 half) {
         const u32 warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
         const int first = int(blockIdx.x * TILE_M + warp * 16);
         if (first >= p.s_q * p.heads_per_kv) return;
+        if (slot >= 0) {
+            store_partial(p, o, partial_tile(p, slot, blockIdx.y, blockIdx.x), half, inv0, inv1);
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < 64; i += 2) {
             const float f = i & 2 ? inv1 : inv0;
@@ -79,10 +120,7 @@ struct PvWarpgroup {
         }
         fence_regs(o[0]);
         fence_regs(o[1]);
-        if (slot >= 0)
-            store_partial(p, o, partial_tile(p, slot, blockIdx.y, blockIdx.x), half);
-        else
-            store_rows(p, o, req, first + int(lane / 4), half);
+        store_rows(p, o, req, first + int(lane / 4), half);
     }
 
     // Tells the CTA that loads this side of the stages: the one of that rank in a pair.
@@ -106,7 +144,8 @@ struct PvWarpgroup {
             float inv0, inv1;
             int fresh = 0;      // 0 until O holds something
             if (left == 0) {
-                inv0 = inv1 = __int_as_float(ld_shared(rec + SEG_BAD) ? 0x7fc00000 : 0);
+                // For a piece these are exponents, and none counts.
+                inv0 = inv1 = __int_as_float(ld_shared(rec + SEG_BAD) ? 0x7fc00000 : ld_shared(rec + SEG_SLOT) >= 0 ? 0xff800000 : 0);
 #pragma unroll
                 for (int i = 0; i < 64; ++i) o[0][i] = o[1][i] = 0.0f;
             } else {
@@ -188,7 +227,7 @@ struct PvWarpgroup {
             __syncwarp();
             if (threadIdx.x % 32 == 0) add_release(smem + Smem::seg_free, 1);
             store(p, o, inv0, inv1, req, slot, half);
-            PM_MARK(1 + half, item, 8);
+            PM_MARK(1 + half, item - 1, 8);
         }
     }
 };

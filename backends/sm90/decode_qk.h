@@ -22,11 +22,11 @@ constexpr float SUM_LIMIT = 4096.0f;    // else a lane's sixteen weights of a ro
 
 template <class Elem, bool ROPE, bool GATHER>
 struct QkWarpgroup {
-    static constexpr bool TWO_SUMS = Elem::MANTISSA > 8;
+    static constexpr bool TWO_SUMS = Elem::TWO_SUMS;
 
     // Takes Q, which lies in the stage as if it were a block, into A fragments. Columns 432..448 go to a place of their own
     // in shared memory, and the rope columns and the last 64 of the others lie in theirs already.
-    static PM_DEV void take_q(u32 (&q)[27][4], u32 smem, const Ring& kv) {
+    static PM_DEV void take_q(u32 (&q)[27][4], u32 smem, const Ring& kv, int rows) {
         const u32 tid = opaque(threadIdx.x), lane = tid % 32, warp = tid / 32;
         const u32 row = warp * 16 + lane % 16, stage = smem + Smem::kv + kv.stage() * STAGE_BYTES;
         mbar_wait(smem + Smem::full + kv.stage() * 8, kv.parity());
@@ -34,10 +34,15 @@ struct QkWarpgroup {
         PM_MARK(6, 0, 0);
         // The last fragment first: q[0] is free for it.
         ldmatrix_x4(q[0], stage + 6 * SUB + swizzle(row, 6 + lane / 16));
+        if (int(warp) * 16 >= rows) q[0][0] = q[0][1] = q[0][2] = q[0][3] = 0;
         stmatrix_x4(smem + Smem::q_last + warp * 512 + lane / 8 % 2 * 256 + lane / 16 * 128 + lane % 8 * 16, q[0][0], q[0][1],
                     q[0][2], q[0][3]);
 #pragma unroll
         for (u32 k = 0; k < 27; ++k) ldmatrix_x4(q[k], stage + k / 4 * SUB + swizzle(row, k % 4 * 2 + lane / 16));
+        if (int(warp) * 16 >= rows) {
+#pragma unroll
+            for (u32 k = 0; k < 27; ++k) q[k][0] = q[k][1] = q[k][2] = q[k][3] = 0;
+        }
         PM_MARK(6, 0, 1);
         fence_async_shared();
         __syncwarp();
@@ -80,28 +85,36 @@ struct QkWarpgroup {
         if (open && threadIdx.x == 0) mbar_arrive(smem + Smem::gate + buf * 8);
     }
 
-    // lse of this lane's two rows. l is 0 where no key was seen and NaN for an invalid request.
-    static PM_DEV void store_lse(const DecodeParams& p, const float (&l)[2], const float (&m)[2], int req, int slot) {
+    // lse of this lane's two rows, or of a piece what the merge needs. The sums are 0 where no key was seen and NaN for an invalid
+    // request.
+    static PM_DEV void store_rows(const DecodeParams& p, const float (&m)[2], const float (&l)[2], const float (&exact)[2], int req,
+                                  int slot) {
         const u32 tid = opaque(threadIdx.x);
-        const float inf = __int_as_float(0x7f800000);
         if (tid % 4 != 0) return;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const int row = int(tid / 32 * 16 + tid % 32 / 4) + 8 * k;
+            if (slot >= 0) {
+                float* at = p.partial_rows + partial_tile(p, slot, int(opaque(blockIdx.y)), int(opaque(blockIdx.x))) * PARTIAL_ROWS +
+                            row / 16 * PARTIAL_GROUP + row % 16;
+                at[PARTIAL_MAX] = m[k];
+                at[PARTIAL_SUM] = l[k];
+                if (TWO_SUMS) at[PARTIAL_EXACT] = exact[k];
+                continue;
+            }
             const RowIndex r(p, int(opaque(blockIdx.x)) * TILE_M + row);
-            const float log2_l = log2_fast(l[k]);
-            if (slot >= 0)
-                p.partial_lse[partial_tile(p, slot, int(opaque(blockIdx.y)), int(opaque(blockIdx.x))) * TILE_M + row] =
-                    l[k] == 0.0f ? -inf : log2_l + m[k];
-            else if (r.valid)
+            if (r.valid)
                 p.lse[i64(req) * p.lse_stride_b + i64(r.h) * p.lse_stride_h + i64(r.s) * p.lse_stride_s] =
-                    l[k] == 0.0f ? inf : (log2_l + m[k]) * LN2;
+                    exact[k] == 0.0f ? __int_as_float(0x7f800000) : (log2_fast(exact[k]) + m[k]) * LN2;
         }
     }
 
     static PM_DEV void run(const DecodeParams& p, u32 smem) {
         u32 q[27][4];
         Ring kv;
+        for (u32 at = p.s_q * p.heads_per_kv - blockIdx.x * TILE_M; at < 64; ++at)
+            if (threadIdx.x < 16) st_shared_v4(smem + (threadIdx.x < 8 ? Smem::q_rope : Smem::q_tail) + at * 128 + threadIdx.x % 8 * 16, 0, 0, 0, 0);
+        fence_async_shared();
         u32 item = 0;       // blocks so far
 
 #pragma unroll 1
@@ -115,10 +128,10 @@ struct QkWarpgroup {
                 mbar_wait(smem + Smem::full_q, seg & 1);
                 if (opaque(threadIdx.x) % 32 == 0) mbar_arrive(smem + Smem::done_q);
                 if (ld_shared(rec + SEG_BAD)) l[0] = l[1] = __int_as_float(0x7fc00000);
-                store_lse(p, l, m, ld_shared(rec + SEG_REQ), ld_shared(rec + SEG_SLOT));
+                store_rows(p, m, l, l, ld_shared(rec + SEG_REQ), ld_shared(rec + SEG_SLOT));
                 continue;
             }
-            take_q(q, smem, kv);
+            take_q(q, smem, kv, p.s_q * p.heads_per_kv - int(opaque(blockIdx.x)) * TILE_M);
             mbar_wait(smem + Smem::full_q, seg & 1);
             if (GATHER) fence_async_shared();
             named_barrier(BAR_QK, 128);
@@ -287,14 +300,17 @@ struct QkWarpgroup {
             // The segment before may still be about to read its factors when this one was a single block.
             while (ld_acquire(smem + Smem::seg_free) < 8 * seg) {}
             const u32 tid = opaque(threadIdx.x);
+            const u32 record = segment_record(smem, opaque(seg));
+            const int slot = ld_shared(record + SEG_SLOT);
             if (tid % 4 == 0) {
                 const u32 at = smem + Smem::inv + (tid / 32 * 16 + tid % 32 / 4) * 4;
-                st_shared_f(at, l[0] == 0.0f ? 0.0f : __fdividef(1.0f, l[0]));
-                st_shared_f(at + 32, l[1] == 0.0f ? 0.0f : __fdividef(1.0f, l[1]));
+                // A piece stays as it is; NaN of an invalid request must reach it all the same.
+                st_shared_f(at, slot >= 0 ? m[0] + 0.0f * l[0] : l[0] == 0.0f ? 0.0f : __fdividef(1.0f, l[0]));
+                st_shared_f(at + 32, slot >= 0 ? m[1] + 0.0f * l[1] : l[1] == 0.0f ? 0.0f : __fdividef(1.0f, l[1]));
             }
-            const u32 record = segment_record(smem, opaque(seg));
-            store_lse(p, exact, m, ld_shared(record + SEG_REQ), ld_shared(record + SEG_SLOT));
+            const int req = ld_shared(record + SEG_REQ);     // P V may give the record back from here on
             hand_over(smem, (item - 1) & 1, true);
+            store_rows(p, m, l, exact, req, slot);
         }
     }
 };

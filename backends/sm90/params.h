@@ -34,6 +34,13 @@ struct alignas(32) PartMeta {
     int pad;
 };
 
+// A split request, for the combine kernel: `pieces` partial results, in slot `slot`, then 2 * (slot / 2 + 1) and every
+// second one. Entry 0 of the list has their number as `req`.
+struct alignas(8) Owner {
+    int req;
+    u16 slot, pieces;
+};
+
 struct DecodeParams {
     // Queries. Fused callers pass q and q + 512 with the same strides. 16-byte
     // aligned rows; the innermost stride is 1.
@@ -62,8 +69,9 @@ struct DecodeParams {
 
     const PartMeta* parts;      // [num_parts]
     const int* num_splits;      // [b + 1], cumulative
-    float* partial_out;         // [slots, h_kv, m_tiles, 64 * 512], fragment order (tile.h)
-    float* partial_lse;         // [slots, h_kv, m_tiles, 64], base 2
+    const Owner* owners;        // [1 + up to b], made with the schedule
+    void* partial_out;          // [slots, h_kv, m_tiles, 64 * 512], f16 or f32 in fragment order (tile.h)
+    float* partial_rows;        // [slots, h_kv, m_tiles, 4 row groups, 5, 16] (tile.h)
     int* status;                // one int, or null: smallest request index found invalid (atomicMin)
 
     int b, s_q, h_q, h_kv;
@@ -90,7 +98,7 @@ struct ScheduleParams {
     const int* cache_seqlens;   // [b]
     PartMeta* parts;            // [num_parts]
     int* num_splits;            // [b + 1]
-    i64* scratch;               // [b + 1]
+    i64* scratch;               // [b + 1]; holds the Owner list afterwards
     int b;
     int num_parts;
     int max_len;                // max_pages_per_seq * page_size, saturated; a longer request counts as empty
@@ -103,8 +111,9 @@ struct ScheduleParams {
 };
 
 static_assert(sizeof(PartMeta) == 32, "PartMeta is 8 x i32");
+static_assert(sizeof(Owner) == 8, "an Owner takes an entry of scratch");
 static_assert(sizeof(ScheduleParams) == 64, "ScheduleParams layout");
-static_assert(sizeof(DecodeParams) == 8 * 35 + 4 * 16, "DecodeParams layout");
+static_assert(sizeof(DecodeParams) == 8 * 36 + 4 * 16, "DecodeParams layout");
 static_assert(sizeof(TensorMap) == 128, "TensorMap layout");
 
 }  // namespace polymla

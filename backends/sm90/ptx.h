@@ -21,6 +21,11 @@ PM_DEV float exp2_fast(float x) {
 #ifdef POLYMLA_PROFILE
 __device__ u32 polymla_marks[7][64][16];
 __device__ u64 polymla_times[1024][2];
+__device__ u64 polymla_merge_times[1024][4];
+PM_DEV void mark_merge(u32 which) {
+    if (threadIdx.x == 0) asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(polymla_merge_times[blockIdx.x][which])::"memory");
+}
+#define PM_MERGE(which) mark_merge(which)
 PM_DEV void mark_time(u32 which) {
     if (threadIdx.x == 128 && blockIdx.x == 0 && blockIdx.y == 0)
         asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(polymla_times[blockIdx.z][which])::"memory");
@@ -35,10 +40,11 @@ PM_DEV void mark(u32 group, u32 item, u32 event) {
 }
 // Few of them: each takes registers, and a spill shows up as microseconds.
 #define PM_MARK(group, item, event)                                                              \
-    if ((group) == 6 || ((group) == 0 && (0xfca1u >> (event) & 1))) mark(group, item, event)
+    if ((group) == 6 || ((group) == 0 && (0xfca1u >> (event) & 1)) || ((group) == 1 && (0x12au >> (event) & 1))) mark(group, item, event)
 #else
 #define PM_MARK(group, item, event)
 #define PM_TIME(which)
+#define PM_MERGE(which)
 #endif
 
 PM_DEV float log2_fast(float x) {
@@ -238,6 +244,10 @@ PM_DEV void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];"
 PM_DEV void cp_async16(u32 dst, const void* src) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
+PM_DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all but this thread's last N groups.
+template <int N>
+PM_DEV void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 // Arrives once on the barrier when all of this thread's earlier cp.async have landed.
 PM_DEV void cp_async_arrive(u32 bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");

@@ -6,7 +6,7 @@
 //   2. 256 threads each try one limit T on a part's cost and fill parts greedily; the
 //      smallest T that fits wins, found in two rounds. The other 256 do the same without
 //      ever splitting a request. No split is taken when it costs at most cost_combine more;
-//   3. thread 0 writes the parts of the winner, all threads write num_splits.
+//   3. thread 0 writes the parts of the winner and the list of split requests, all threads write num_splits.
 // Parts are contiguous runs of (request, block), upstream's layout.
 #include "ptx.h"
 
@@ -37,8 +37,12 @@ PM_DEV i64 block_scan(i64 v, i64* warp_sums) {
     return before + x - v;
 }
 
+// Where a part ends within a request, and the slot of what it does of that request: two a part, for its first
+// request and for another.
+struct Cut { int req, slot; };
+
 // Fills parts up to cost `limit` each; true when all requests fit. With `emit`, writes them.
-PM_DEV bool fill_parts(const ScheduleParams& p, i64 limit, bool may_split, bool emit, int* cuts, int* num_cuts) {
+PM_DEV bool fill_parts(const ScheduleParams& p, i64 limit, bool may_split, bool emit, Cut* cuts, int* num_cuts) {
     const i64* cost = p.scratch;
     const int fixed = p.fixed_split_blocks;
     int r = 0, k = 0, piece = 0, n_cuts = 0;
@@ -105,7 +109,7 @@ PM_DEV bool fill_parts(const ScheduleParams& p, i64 limit, bool may_split, bool 
             }
         }
         if (k > 0) {
-            if (emit) cuts[n_cuts] = r;
+            if (emit) cuts[n_cuts] = Cut{r, 2 * part + (r0 == r ? 0 : 1)};
             ++n_cuts;
         }
         if (emit) {
@@ -124,7 +128,7 @@ PM_DEV void schedule(const ScheduleParams& p) {
     __shared__ i64 sums[SCHED_THREADS / 32];
     __shared__ i64 max_cost_s;
     __shared__ int best[2];
-    __shared__ int cuts[SCHED_MAX_PARTS];
+    __shared__ Cut cuts[SCHED_MAX_PARTS];
     __shared__ int num_cuts;
     const int tid = threadIdx.x;
     pdl_wait();
@@ -178,6 +182,16 @@ PM_DEV void schedule(const ScheduleParams& p) {
         num_cuts = 0;
         i64 limit = limits[may_split ? 0 : 1];
         while (!fill_parts(p, limit, may_split, true, cuts, &num_cuts)) limit += limit / 8 + 8;
+        // The split requests for the combine kernel, where the prefix sums were: at most one a request.
+        Owner* owners = reinterpret_cast<Owner*>(p.scratch);
+        int count = 0;
+        for (int i = 0; i < num_cuts; ++i) {
+            if (i == 0 || cuts[i].req != cuts[i - 1].req)
+                owners[++count] = Owner{cuts[i].req, u16(cuts[i].slot), 2};
+            else
+                ++owners[count].pieces;
+        }
+        owners[0] = Owner{count, 0, 0};
     }
     const i64 pieces_before = block_scan(pieces, sums);
     __syncthreads();
@@ -192,7 +206,7 @@ PM_DEV void schedule(const ScheduleParams& p) {
             int a = 0, b = num_cuts;    // cuts in requests <= r
             while (a < b) {
                 const int mid = (a + b) / 2;
-                if (cuts[mid] <= r) a = mid + 1; else b = mid;
+                if (cuts[mid].req <= r) a = mid + 1; else b = mid;
             }
             p.num_splits[r + 1] = r + 1 + a;
         }

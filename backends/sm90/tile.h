@@ -31,7 +31,7 @@ struct Smem {
     static constexpr u32 scale = q_last + 2048;             // i8 [2][64]: exponent of the factor for O
     static constexpr u32 rescale = scale + 128;             // i32 [2][4]: this warp's rows need `scale`
     static constexpr u32 limit = rescale + 32;              // i32 [64]: keys each row of the segment sees
-    static constexpr u32 inv = limit + 256;                 // f32 [64]: 1 / row sum, at the end of a segment
+    static constexpr u32 inv = limit + 256;                 // f32 [64]: at the end of a segment 1 / row sum, or of a piece the maximum
     static constexpr u32 segment = inv + 256;               // [SEGMENTS] records of 24 bytes
     static constexpr u32 part = segment + SEGMENTS * 24;    // the walker's copy of its PartMeta
     static constexpr u32 seg_ready = part + 32;          // u32: records written
@@ -106,6 +106,10 @@ PM_DEV float round_to<F16>(float x) {
     return r;
 }
 
+PM_DEV void unpack2_f16(u32 v, float& lo, float& hi) {
+    asm("{\n .reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;\n}\n" : "=f"(lo), "=f"(hi) : "r"(v));
+}
+
 // Shared-memory loads and stores by 32-bit address.
 PM_DEV int ld_shared(u32 addr) {
     int v;
@@ -136,9 +140,27 @@ PM_DEV bool wait_segment(u32 smem, u32 seg) {
 }
 
 // ---- partial results -----------------------------------------------------------------------
-// [slot][h_kv][m_tile][row group of 16][half of 256 columns][n8 block 0..32][lane 0..32][4] f32:
-// exactly the accumulator fragments, so that a warp stores and reads 512 contiguous bytes.
-// Lane (g, t) = (lane / 4, lane % 4) of block i holds row g columns 8i + 2t, +1, then row g + 8.
+// O of a piece, as accumulated: not divided by its sum. With bf16 it is stored as f16, scaled by a power of two per row and
+// half such that nothing overflows and 2^-12 of each value is kept down to 2^-28 of the row's largest: an eighth of what
+// the rounding of `out` takes. That halves what small batches write and read again. With f16 it is stored as f32.
+//
+// [slot][h_kv][m_tile][row group of 16][half of 256 columns][n8 block(s)][lane 0..32] 16 bytes: accumulator fragments,
+// so that a warp stores and reads 512 contiguous bytes. Lane (g, t) = (lane / 4, lane % 4) has of block i row g,
+// columns 8i + 2t, +1, then row g + 8; with f16 then the same of block i + 1.
+//
+// Beside it [slot][h_kv][m_tile][row group of 16][5][16] f32, a number per row each: for f16 the sum of the weights before
+// rounding, the maximum that they are relative to, their sum, and per half the exponent e with which stored values
+// count: 2^e times a value is its part of the numerator. A logarithm of the sum would not do: with logits of thousands f32 has
+// too few bits for it.
+constexpr int PARTIAL_EXACT = 0, PARTIAL_MAX = 16, PARTIAL_SUM = 32, PARTIAL_EXPONENT = 48, PARTIAL_GROUP = 5 * 16,
+              PARTIAL_ROWS = 4 * PARTIAL_GROUP;
+template <class Elem>
+struct Partial {
+    static constexpr bool HALF = Elem::HALF_PARTIALS;
+    static constexpr int VALUES = HALF ? 8 : 4;         // in 16 bytes
+    static constexpr int CHUNKS = HALF ? 32 : 64;       // of 512 bytes in a row group
+    static constexpr int UNITS = 4 * CHUNKS * 32;       // of 16 bytes in a tile
+};
 PM_DEV i64 partial_tile(const DecodeParams& p, int slot, int kv_head, int m_tile) {
     return (i64(slot) * p.h_kv + kv_head) * p.m_tiles + m_tile;
 }

@@ -14,8 +14,14 @@
 
 namespace polymla {
 
-struct Bf16 { static constexpr int MANTISSA = 8; };
-struct F16 { static constexpr int MANTISSA = 11; };
+struct Bf16 {
+    static constexpr bool TWO_SUMS = false;
+    static constexpr bool HALF_PARTIALS = true;     // pieces are stored in 16 bits
+};
+struct F16 {
+    static constexpr bool TWO_SUMS = true;          // weights are summed as rounded for O, and as they are for lse
+    static constexpr bool HALF_PARTIALS = false;
+};
 
 template <class Elem>
 PM_DEV void qk_step(float (&d)[32], const u32 (&a)[4], u64 desc_k, int accumulate);

@@ -40,14 +40,17 @@ int check(cudaError_t e, const char* what) {
 
 // ckv: (64 columns, token, group of 64 columns, head, page); kpe: (64 columns, token, head, page).
 // q: (64 columns, head, group, s, request); q_pe: (64 columns, head, s, request). Boxes: 64 columns x `rows`.
-int encode(TensorMap* map, const void* base, int f16, int rank, int rows, const cuuint64_t (&dims)[5], const i64 (&strides)[4]) {
+int encode(TensorMap* map, const void* base, int f16, int rank, int rows, const cuuint64_t (&dims)[5], const i64 (&strides)[4],
+           int paired) {
     cuuint64_t bytes[4];
     for (int i = 0; i < 4; ++i) bytes[i] = cuuint64_t(strides[i]) * 2;
     cuuint32_t box[5] = {64, cuuint32_t(rows), 1, 1, 1}, one[5] = {1, 1, 1, 1, 1};
     CUresult r = encode_fn(reinterpret_cast<CUtensorMap*>(map),
                            f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank,
                            const_cast<void*>(base), dims, bytes, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                           CU_TENSOR_MAP_SWIZZLE_128B,
+                           paired ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r) fprintf(stderr, "cuTensorMapEncodeTiled: %d\n", int(r));
     return int(r);
 }
@@ -63,6 +66,8 @@ extern "C" int pm_init() {
             for (auto& k : b)
                 if (int e = check(cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, Smem::total), "smem"))
                     return e;
+    for (auto k : {polymla_combine_bf16, polymla_combine_f16})
+        if (int e = check(cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(CombineSmem)), "smem")) return e;
     return 0;
 }
 
@@ -74,16 +79,16 @@ extern "C" int pm_sizes(int* decode, int* schedule) {
 
 extern "C" int pm_maps(const DecodeParams* p, int f16, int rope, TensorMap* maps) {
     typedef cuuint64_t U;
-    const int rows = p->page_size < 64 ? p->page_size : 64;
+    const int rows = p->page_size < 64 ? p->page_size : 64, paired = p->m_tiles % 2 == 0;
     if (int e = encode(&maps[0], p->ckv, f16, 5, rows, {64, U(p->page_size), 8, U(p->h_kv), U(p->num_pages)},
-                       {p->ckv_stride_token, 64, p->ckv_stride_head, p->ckv_stride_page})) return e;
+                       {p->ckv_stride_token, 64, p->ckv_stride_head, p->ckv_stride_page}, paired)) return e;
     if (int e = encode(&maps[2], p->q_nope, f16, 5, p->q_box_rows, {64, U(p->h_q), 8, U(p->s_q), U(p->b)},
-                       {p->q_nope_stride_h, 64, p->q_nope_stride_s, p->q_nope_stride_b})) return e;
+                       {p->q_nope_stride_h, 64, p->q_nope_stride_s, p->q_nope_stride_b}, paired)) return e;
     if (!rope) return 0;
     if (int e = encode(&maps[1], p->kpe, f16, 4, rows, {64, U(p->page_size), U(p->h_kv), U(p->num_pages), 1},
-                       {p->kpe_stride_token, p->kpe_stride_head, p->kpe_stride_page, 64})) return e;
+                       {p->kpe_stride_token, p->kpe_stride_head, p->kpe_stride_page, 64}, paired)) return e;
     return encode(&maps[3], p->q_pe, f16, 4, p->q_box_rows, {64, U(p->h_q), U(p->s_q), U(p->b), 1},
-                  {p->q_pe_stride_h, p->q_pe_stride_s, p->q_pe_stride_b, 64});
+                  {p->q_pe_stride_h, p->q_pe_stride_s, p->q_pe_stride_b, 64}, paired);
 }
 
 extern "C" int pm_schedule(const ScheduleParams* p, void* stream) {
@@ -110,7 +115,8 @@ extern "C" int pm_decode(const DecodeParams* p, const TensorMap* maps, int f16, 
     if (!combine_ctas) return 0;
     cudaLaunchConfig_t c2 = {};
     c2.gridDim = dim3(combine_ctas);
-    c2.blockDim = dim3(256);
+    c2.blockDim = dim3(512);
+    c2.dynamicSmemBytes = sizeof(CombineSmem);
     c2.stream = (cudaStream_t)stream;
     c2.attrs = attr;
     c2.numAttrs = 1;
@@ -120,6 +126,9 @@ extern "C" int pm_decode(const DecodeParams* p, const TensorMap* maps, int f16, 
 }
 
 #ifdef POLYMLA_PROFILE
+extern "C" int pm_merge_times(void* dst) {
+    return check(cudaMemcpyFromSymbol(dst, polymla_merge_times, sizeof(polymla_merge_times)), "merge times");
+}
 extern "C" int pm_marks(void* dst) { return check(cudaMemcpyFromSymbol(dst, polymla_marks, sizeof(polymla_marks)), "marks"); }
 extern "C" int pm_times(void* dst) { return check(cudaMemcpyFromSymbol(dst, polymla_times, sizeof(polymla_times)), "times"); }
 #endif

@@ -27,7 +27,7 @@ for row in map(int, sys.argv[1:]):
         print("cold" if cold else "warm", "start", d(0, 0, (10, 12, 13)), d(6, 0, (0, 1, 2)), d(0, 0, (14, 15)))
         blocks = min(64, max(1, s_k // 64 * b // (132 // c.p.m_tiles)))
         for item in [i for i in list(range(0, 4)) + list(range(40, 43)) if i < blocks]:
-            print(f"  block {item:2d}: begin, S, P {d(0, item, (0, 5, 7))}")
+            print(f"  block {item:2d}: begin, S, P {d(0, item, (0, 5, 7))}  P V: P there, gate, done, stored {d(1, item, (1, 3, 5, 8))}")
         if blocks >= 62:
             a = t[0, 20:61, (0, 5, 7)].astype(np.int64).T
             print("  mean: Q K^T", (a[:-1, 1] - a[:-1, 0]).mean(), "softmax", (a[:-1, 2] - a[:-1, 1]).mean(), "period",
@@ -37,4 +37,12 @@ for row in map(int, sys.argv[1:]):
     w = w[:c.p.num_parts].astype(np.int64)
     w = w[w[:, 0] > 0] - w[:, 0].min()
     print("CTA start us", np.percentile(w[:, 0], (0, 50, 100)) / 1e3, "end us", np.percentile(w[:, 1], (0, 5, 25, 50, 75, 95, 100)) / 1e3)
+    g = np.zeros((1024, 4), dtype=np.uint64)
+    lib.pm_merge_times(g.ctypes.data_as(C.c_void_p))
+    raw = np.zeros((1024, 2), dtype=np.uint64)
+    lib.pm_times(raw.ctypes.data_as(C.c_void_p))
+    t0 = raw[:c.p.num_parts, 0].astype(np.int64).min()
+    g = g[:c.combine_ctas].astype(np.int64) - t0
+    for name, k in (("start", 0), ("listed", 1), ("main done", 2), ("end", 3)):
+        print("  combine", name, "us", np.percentile(g[:, k], (0, 25, 50, 75, 100)) / 1e3)
     del q, kv, table, lens, c

@@ -30,8 +30,9 @@ pub(super) struct DecodeParams {
     pub(super) lse_strides: [i64; 3],
     pub(super) parts: u64,
     pub(super) num_splits: u64,
+    pub(super) owners: u64,
     pub(super) partial_out: u64,
-    pub(super) partial_lse: u64,
+    pub(super) partial_rows: u64,
     pub(super) status: u64,
     pub(super) b: i32,
     pub(super) s_q: i32,
@@ -73,7 +74,7 @@ pub(super) struct ScheduleParams {
 }
 
 const _: () = {
-    assert!(size_of::<DecodeParams>() == 8 * 35 + 4 * 16);
+    assert!(size_of::<DecodeParams>() == 8 * 36 + 4 * 16);
     assert!(size_of::<ScheduleParams>() == 64);
     assert!(size_of::<TensorMap>() == 128 && align_of::<TensorMap>() == 64);
     assert!(size_of::<crate::schedule::PartMetadata>() == 32);
@@ -129,7 +130,7 @@ mod tests {
             cache_seqlens = "cache_seqlens", visible_lens = "visible_lens",
             visible_lens_stride_b = "visible_lens_stride_b", out = "out", out_strides = "out_stride_b",
             lse = "lse", lse_strides = "lse_stride_b", parts = "parts", num_splits = "num_splits",
-            partial_out = "partial_out", partial_lse = "partial_lse", status = "status", b = "b", s_q = "s_q",
+            owners = "owners", partial_out = "partial_out", partial_rows = "partial_rows", status = "status", b = "b", s_q = "s_q",
             h_q = "h_q", h_kv = "h_kv", heads_per_kv = "heads_per_kv", m_tiles = "m_tiles", num_parts = "num_parts",
             page_size = "page_size", num_pages = "num_pages", max_pages_per_seq = "max_pages_per_seq",
             causal = "causal", fixed_split_blocks = "fixed_split_blocks", flags = "flags", scale_log2 = "scale_log2",

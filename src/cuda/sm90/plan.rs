@@ -11,7 +11,7 @@ use crate::device::{
 use crate::error::Result;
 use crate::problem::Problem;
 use crate::schedule::{DEFAULT_OVERHEAD_BLOCKS, ScheduleOptions, SplitPolicy, num_sm_parts};
-use crate::tensor::TensorView;
+use crate::tensor::{DType, TensorView};
 
 /// What the status word stands for, in words.
 pub(super) const FAILURE: &str = "its length or a block-table entry it uses is out of range";
@@ -25,15 +25,16 @@ const MAX_OVERHEAD_BLOCKS: u32 = 1 << 26;
 /// Threads of the schedule kernel, which is one block.
 const SCHEDULE_THREADS: u32 = 512;
 
-/// Bytes of partial output and partial lse that a slot takes for one M tile of one KV head.
-const SLOT_OUT_BYTES: usize = TILE_M * 512 * 4;
-const SLOT_LSE_BYTES: usize = TILE_M * 4;
+/// Values of partial output that a slot takes for one M tile of one KV head, and bytes of what there is about its rows:
+/// five numbers each (`PARTIAL_ROWS`, tile.h).
+const SLOT_OUT_VALUES: usize = TILE_M * 512;
+const SLOT_ROWS_BYTES: usize = TILE_M * 5 * 4;
 
 /// A plan on the device, in upstream's layout, with the status word of the runs that use it.
 ///
 /// Reused for all layers of a step. [`schedule_into`](super::Sm90Backend::schedule_into) plans again in place.
 pub struct Sm90Schedule {
-    /// Its scratch memory is an i64 a request.
+    /// Its scratch memory is an i64 a request: sums of costs, and then the list of split requests.
     memory: DevicePlan,
 }
 
@@ -81,7 +82,7 @@ impl Sm90Schedule {
         self.memory.plan().fixed_split_blocks()
     }
 
-    /// What the decode kernels read: `parts`, `num_splits`, the status word.
+    /// What the decode kernels read: `parts`, `num_splits`, the split requests as `scratch`, the status word.
     pub(super) fn addresses(&self) -> PlanAddresses {
         self.memory.addresses()
     }
@@ -112,15 +113,17 @@ impl Sm90Schedule {
         }
     }
 
-    /// Bytes of the partial outputs, then of the partial lse.
+    /// Bytes of the partial outputs, then of what there is about their rows. A bf16 problem's are stored as f16, an f16
+    /// problem's as f32.
     pub(super) fn workspace_layout(&self, problem: &Problem) -> (usize, usize) {
         let tiles = self.slots(problem).saturating_mul(m_tiles(problem)).saturating_mul(problem.h_kv());
-        (tiles.saturating_mul(SLOT_OUT_BYTES), tiles.saturating_mul(SLOT_LSE_BYTES))
+        let value_bytes = if problem.dtype() == DType::Bf16 { 2 } else { 4 };
+        (tiles.saturating_mul(SLOT_OUT_VALUES * value_bytes), tiles.saturating_mul(SLOT_ROWS_BYTES))
     }
 
     pub(super) fn workspace_bytes(&self, problem: &Problem) -> usize {
-        let (out, lse) = self.workspace_layout(problem);
-        out.saturating_add(lse)
+        let (out, rows) = self.workspace_layout(problem);
+        out.saturating_add(rows)
     }
 
     /// The smallest request that a device-side check refused so far, without waiting: work still enqueued may add to

@@ -114,9 +114,9 @@ impl Sm90Backend {
         inputs.validate(problem, self.info.device)?;
         outputs.validate(problem, inputs, self.info.device)?;
         schedule.check(problem)?;
-        let (partial_out, partial_lse) = self.partials(problem, schedule, workspace)?;
+        let (partial_out, partial_rows) = self.partials(problem, schedule, workspace)?;
         let mut params = params(problem, schedule, inputs, outputs)?;
-        (params.partial_out, params.partial_lse) = (partial_out, partial_lse);
+        (params.partial_out, params.partial_rows) = (partial_out, partial_rows);
         if problem.rows() == 0 {
             return Ok(());
         }
@@ -126,18 +126,18 @@ impl Sm90Backend {
         let variant = Variant::of(problem);
         let variant = if whole_rows { variant } else { variant.in_form(Form::Gather) };
         let mut maps = [TensorMap(CUtensorMap { opaque: [0; 16] }); 4];
+        // Two M tiles of a request load each other's KV.
+        let paired = variant.form == Form::Tma && params.m_tiles % 2 == 0;
         // Without pages nothing is ever loaded, and a map of no pages would be refused.
         if variant.form == Form::Tma && problem.num_pages() > 0 {
-            self.encode_maps(problem, &params, &mut maps)?;
+            self.encode_maps(problem, &params, paired, &mut maps)?;
         }
         let (decode, combine) = (self.decode(variant)?, self.combine(problem)?);
         let (tiles, heads) = (params.m_tiles as u32, params.h_kv as u32);
         let combine_blocks = COMBINE_BLOCKS_PER_SM * self.context.facts().multiprocessors;
         let [ckv, kpe, q_nope, q_pe] = &mut maps;
-        // Two M tiles of a request load each other's KV.
-        let cluster = if variant.form == Form::Tma && tiles.is_multiple_of(2) { 2 } else { 1 };
         let grid = [tiles, heads, params.num_parts as u32];
-        let decode_launch = Launch { grid, block: DECODE_THREADS, programmatic: true, cluster };
+        let decode_launch = Launch { grid, block: DECODE_THREADS, programmatic: true, cluster: if paired { 2 } else { 1 } };
         let combine_launch =
             Launch { grid: [combine_blocks, 1, 1], block: COMBINE_THREADS, programmatic: true, cluster: 1 };
         // SAFETY: the kernels' parameters, in order. What their addresses name is vouched for by the views, checked
@@ -159,19 +159,27 @@ impl Sm90Backend {
     }
 
     /// The maps of ckv, kpe, q_nope and q_pe; those of the rotary parts where there are any.
-    fn encode_maps(&self, problem: &Problem, params: &DecodeParams, maps: &mut [TensorMap; 4]) -> Result<()> {
+    fn encode_maps(
+        &self,
+        problem: &Problem,
+        params: &DecodeParams,
+        paired: bool,
+        maps: &mut [TensorMap; 4],
+    ) -> Result<()> {
         let (driver, dtype) = (self.context.driver(), problem.dtype());
         let cache = |address, [page, token, head]: [i64; 3], columns| Boxes {
             address,
             shape: [problem.num_pages(), problem.h_kv(), problem.page_size(), columns],
             strides: [page, head, token].map(|stride| stride as usize),
             rows: problem.page_size().min(BLOCK_TOKENS) as u32,
+            promote: paired,
         };
         let query = |address, strides: [i64; 3], columns| Boxes {
             address,
             shape: [problem.b(), problem.s_q(), problem.h_q(), columns],
             strides: strides.map(|stride| stride as usize),
             rows: params.q_box_rows as u32,
+            promote: paired,
         };
         let (latent, rope) = (problem.head_dim_v(), problem.rope());
         maps[0] = cache(params.ckv, params.ckv_strides, latent).latent_map(driver, dtype)?;
@@ -183,7 +191,7 @@ impl Sm90Backend {
         Ok(())
     }
 
-    /// Where partial outputs and partial lse go.
+    /// Where partial outputs go, and what there is about their rows.
     fn partials(&self, problem: &Problem, schedule: &Sm90Schedule, workspace: &Workspace<'_>) -> Result<(u64, u64)> {
         let (needed, device) = (schedule.workspace_bytes(problem), self.info.device);
         if workspace.bytes() < needed {
@@ -200,10 +208,10 @@ impl Sm90Backend {
 }
 
 /// Threads of the combine kernel.
-const COMBINE_THREADS: u32 = 256;
+const COMBINE_THREADS: u32 = 512;
 
 /// Blocks of the combine kernel for each multiprocessor: they share whatever there is to merge.
-const COMBINE_BLOCKS_PER_SM: u32 = 3;
+const COMBINE_BLOCKS_PER_SM: u32 = 2;
 
 /// What divides a packed row by the heads of a KV head with one multiplication, `row * magic >> 32`; 0 stands for one head.
 /// Right while rows x heads stays below 2^32, see [`check_sizes`].
@@ -254,6 +262,7 @@ fn params(
         lse_strides: signed(lse.strides()),
         parts: plan.parts,
         num_splits: plan.num_splits,
+        owners: plan.scratch,
         status: plan.status,
         b: problem.b() as i32,
         s_q: problem.s_q() as i32,

@@ -83,6 +83,9 @@ impl Variant {
 /// Dynamic shared memory of the decode kernels.
 pub(super) const DECODE_SHARED_BYTES: u32 = 232_448;
 
+/// `sizeof(CombineSmem)`, combine.cu.
+pub(super) const COMBINE_SHARED_BYTES: u32 = 109_056;
+
 impl Sm90Backend {
     /// Loads what a problem needs, compiling in parallel where it has to be compiled.
     pub(super) fn prepare(&self, problem: &Problem) -> Result<()> {
@@ -109,7 +112,7 @@ impl Sm90Backend {
             return Ok(function);
         }
         let name = if bf16 { "polymla_combine_bf16" } else { "polymla_combine_f16" };
-        let function = Function::new(&self.loader.module("combine")?, name, 0)?;
+        let function = Function::new(&self.loader.module("combine")?, name, COMBINE_SHARED_BYTES)?;
         Ok(cell.get_or_init(|| function))
     }
 }
