@@ -41,11 +41,20 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
                    const TensorMap* map_q_pe) {
     extern __shared__ __align__(1024) char smem_raw[];
     const u32 smem = smem_addr(smem_raw);
-    const u32 warp = threadIdx.x / 32;
+    const u32 warp = uniform(threadIdx.x / 32);
     const bool paired = cluster_size() == 2;
 
     PM_TIME(0);
     PM_MARK(0, 0, 10);
+    // What comes first in the chain of a segment's loads goes first of all.
+    const u32 lane = threadIdx.x % 32;
+    PartMeta meta = {};
+    int ahead = 0;      // length of request `lane`
+    if (warp >= 14) {
+        pdl_wait();
+        meta = p.parts[blockIdx.z];
+        if (warp == 15 && lane < u32(p.b)) ahead = p.cache_seqlens[lane];
+    }
     if (threadIdx.x == 0) {
         for (u32 i = 0; i < STAGES; ++i) {
             mbar_init(smem + Smem::full + i * 8, GATHER ? 32 : 1);
@@ -90,11 +99,15 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
         PvWarpgroup<Elem, ROPE, GATHER>::run(p, smem, warp / 4 - 1);
     } else {
         reg_dec<24>();
-        if (warp == 14) prefetch_table(p);
-        // Lengths are a part's second trip to memory; bring the first ones closer during its first.
-        if (warp == 13 && threadIdx.x % 32 * 32 < u32(p.b)) prefetch_l2(p.cache_seqlens + threadIdx.x % 32 * 32);
+        if (warp == 14) prefetch_table(p, meta);
+        // Lengths are a part's second trip to memory; bring the first ones closer during its first. Then what the merge reads.
+        if (warp == 13) {
+            if (lane * 32 < u32(p.b)) prefetch_l2(p.cache_seqlens + lane * 32);
+            if (lane == 0) prefetch_l2(p.owners);
+        }
         if (warp == 15) {
-            if (threadIdx.x % 32 == 0) walk(p, smem);
+            ahead = __shfl_sync(0xffffffffu, ahead, meta.begin_req);
+            if (lane == 0) walk(p, smem, meta, ahead);
         } else if (GATHER) {
             if (warp == 14)
                 GatherLoader<ROPE>::run_late(p, smem);

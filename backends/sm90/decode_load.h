@@ -85,9 +85,9 @@ PM_DEV int q_boxes(const DecodeParams& p, int tile) {
 }
 
 // Before the walker has a length, the part says where the first block's table entries lie: on their way while it waits.
-PM_DEV void prefetch_table(const DecodeParams& p) {
-    const int req = p.parts[blockIdx.z].begin_req;
-    const i64 at = i64(max(p.parts[blockIdx.z].begin_block, 0)) * BLOCK / p.page_size + threadIdx.x % 32;
+PM_DEV void prefetch_table(const DecodeParams& p, const PartMeta& part) {
+    const int req = part.begin_req;
+    const i64 at = i64(max(part.begin_block, 0)) * BLOCK / p.page_size + threadIdx.x % 32;
     if (req >= 0 && req < p.b && at < p.max_pages_per_seq)
         asm volatile("prefetch.global.L1 [%0];" ::"l"(p.block_table + i64(req) * p.block_table_stride_b + at));
 }

@@ -24,50 +24,27 @@ struct PvWarpgroup {
         named_barrier(BAR_TAIL + half, 128);
     }
 
-    // The exponent of the scale that brings a row's largest value just below 2^15.
-    static PM_DEV int partial_scale(float top) {
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        return min(14 + 127 - int(__float_as_uint(top) >> 23), 120);
-    }
-
-    // O as it is, m0 and m1 being what its weights were relative to.
-    static PM_DEV void store_partial(const DecodeParams& p, float (&o)[2][64], i64 tile, u32 half, float m0, float m1) {
-        typedef Partial<Elem> Format;
+    // O as it is; tile.h says how.
+    static PM_DEV void store_partial(const DecodeParams& p, const float (&o)[2][64], i64 tile, u32 half) {
         const u32 warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
-        uint4* dst = reinterpret_cast<uint4*>(p.partial_out) + tile * Format::UNITS +
-                     ((warp * 2 + half) * (Format::CHUNKS / 2)) * 32 + lane;
-        if (Format::HALF) {
-            float top0 = 0.0f, top1 = 0.0f;
+        char* to = reinterpret_cast<char*>(p.partial_out) + tile * PARTIAL_BYTES;
+        const u32 at = (warp * CHUNKS + half * (CHUNKS / 2)) * 32 + lane;
+        char *high = to + at * 16, *low = to + PARTIAL_LOW_BYTES + at * 8;
 #pragma unroll
-            for (int i = 0; i < 64; i += 4) {
-                top0 = fmaxf(fmaxf(top0, fmaxf(fabsf(o[0][i]), fabsf(o[0][i + 1]))), fmaxf(fabsf(o[1][i]), fabsf(o[1][i + 1])));
-                top1 = fmaxf(fmaxf(top1, fmaxf(fabsf(o[0][i + 2]), fabsf(o[0][i + 3]))),
-                             fmaxf(fabsf(o[1][i + 2]), fabsf(o[1][i + 3])));
-            }
-            const int e0 = partial_scale(top0), e1 = partial_scale(top1);
-            const float f0 = __uint_as_float(u32(127 + e0) << 23), f1 = __uint_as_float(u32(127 + e1) << 23);
-            m0 -= float(e0);
-            m1 -= float(e1);
-#pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                const float* v = &o[i / 8][i % 8 * 8];
-                asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(dst + i * 32), "r"(pack2<F16>(v[0] * f0, v[1] * f0)),
-                             "r"(pack2<F16>(v[2] * f1, v[3] * f1)), "r"(pack2<F16>(v[4] * f0, v[5] * f0)),
-                             "r"(pack2<F16>(v[6] * f1, v[7] * f1))
-                             : "memory");
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < 32; ++i)
-                asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(dst + i * 32), "f"(o[i / 16][i % 16 * 4]),
-                             "f"(o[i / 16][i % 16 * 4 + 1]), "f"(o[i / 16][i % 16 * 4 + 2]), "f"(o[i / 16][i % 16 * 4 + 3])
-                             : "memory");
-        }
-        if (lane % 4 == 0) {
-            float* exponent = p.partial_rows + tile * PARTIAL_ROWS + warp * PARTIAL_GROUP + PARTIAL_EXPONENT + half * 16 + lane / 4;
-            exponent[0] = m0;
-            exponent[8] = m1;
+        for (u32 i = 0; i < CHUNKS / 2; ++i) {
+            // One statement, because ptxas would make all chunks' words first, and spill.
+            const float* v = &o[i / 8][i % 8 * 8];
+            asm volatile(
+                "{\n .reg .b32 a, b, c, d;\n"
+                " prmt.b32 a, %2, %3, 0x7632;\n prmt.b32 b, %4, %5, 0x7632;\n"
+                " prmt.b32 c, %6, %7, 0x7632;\n prmt.b32 d, %8, %9, 0x7632;\n"
+                " st.global.v4.b32 [%0], {a, b, c, d};\n"
+                " prmt.b32 a, %2, %3, 0x0051;\n prmt.b32 b, %4, %5, 0x0051;\n prmt.b32 a, a, b, 0x5410;\n"
+                " prmt.b32 c, %6, %7, 0x0051;\n prmt.b32 d, %8, %9, 0x0051;\n prmt.b32 c, c, d, 0x5410;\n"
+                " st.global.v2.b32 [%1], {a, c};\n}\n" ::"l"(high + i * 512), "l"(low + i * 256), "r"(__float_as_uint(v[0])),
+                "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])), "r"(__float_as_uint(v[3])), "r"(__float_as_uint(v[4])),
+                "r"(__float_as_uint(v[5])), "r"(__float_as_uint(v[6])), "r"(__float_as_uint(v[7]))
+                : "memory");
         }
     }
 
@@ -85,9 +62,7 @@ struct PvWarpgroup {
                 dst += half * 256 + 2 * t;
 #pragma unroll
                 for (int i = 0; i < 32; ++i)
-                    asm volatile("st.global.b32 [%0], %1;" ::"l"(dst + 8 * i),
-                                 "r"(pack2<Elem>(o[i / 16][i % 16 * 4 + 2 * k], o[i / 16][i % 16 * 4 + 2 * k + 1]))
-                                 : "memory");
+                    store2<Elem>(dst + 8 * i, o[i / 16][i % 16 * 4 + 2 * k], o[i / 16][i % 16 * 4 + 2 * k + 1]);
             } else {
                 dst += (half * 256 + 2 * t) * p.out_stride_d;
 #pragma unroll
@@ -106,21 +81,22 @@ struct PvWarpgroup {
         const u32 warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
         const int first = int(blockIdx.x * TILE_M + warp * 16);
         if (first >= p.s_q * p.heads_per_kv) return;
-        if (slot >= 0) {
-            store_partial(p, o, partial_tile(p, slot, blockIdx.y, blockIdx.x), half, inv0, inv1);
-            return;
-        }
+        if (slot < 0) {
 #pragma unroll
-        for (int i = 0; i < 64; i += 2) {
-            const float f = i & 2 ? inv1 : inv0;
-            o[0][i] *= f;
-            o[0][i + 1] *= f;
-            o[1][i] *= f;
-            o[1][i + 1] *= f;
+            for (int i = 0; i < 64; i += 2) {
+                const float f = i & 2 ? inv1 : inv0;
+                o[0][i] *= f;
+                o[0][i + 1] *= f;
+                o[1][i] *= f;
+                o[1][i + 1] *= f;
+            }
         }
         fence_regs(o[0]);
         fence_regs(o[1]);
-        store_rows(p, o, req, first + int(lane / 4), half);
+        if (slot >= 0)
+            store_partial(p, o, partial_tile(p, slot, blockIdx.y, blockIdx.x), half);
+        else
+            store_rows(p, o, req, first + int(lane / 4), half);
     }
 
     // Tells the CTA that loads this side of the stages: the one of that rank in a pair.
@@ -144,8 +120,7 @@ struct PvWarpgroup {
             float inv0, inv1;
             int fresh = 0;      // 0 until O holds something
             if (left == 0) {
-                // For a piece these are exponents, and none counts.
-                inv0 = inv1 = __int_as_float(ld_shared(rec + SEG_BAD) ? 0x7fc00000 : ld_shared(rec + SEG_SLOT) >= 0 ? 0xff800000 : 0);
+                inv0 = inv1 = __int_as_float(ld_shared(rec + SEG_BAD) ? 0x7fc00000 : 0);
 #pragma unroll
                 for (int i = 0; i < 64; ++i) o[0][i] = o[1][i] = 0.0f;
             } else {
@@ -173,7 +148,7 @@ struct PvWarpgroup {
                     }
                 }
                 // Two pairs of 64-column groups; the last group lies apart.
-                const u32 stage_addr = smem + Smem::kv + stage * STAGE_BYTES;
+                const u32 stage_addr = uniform(smem + Smem::kv + stage * STAGE_BYTES);
                 const u32 pair0 = stage_addr + half * RIGHT, pair1 = pair0 + 2 * SUB;
                 const u32 apart = half ? smem + Smem::tail + buf * SUB - pair1 : SUB;
                 // The block itself landed before its Q K^T; that P is here says so.
@@ -187,8 +162,8 @@ struct PvWarpgroup {
                 mbar_wait(smem + Smem::gate + buf * 8, use);
                 PM_MARK(1 + half, item, 3);
 
-                const u64 desc_p = desc_k_major(stage_addr + ROPE_TILE);
-                const u64 desc_v0 = desc_n_major(pair0, SUB), desc_v1 = desc_n_major(pair1, apart);
+                const Desc desc_p = desc_k_major(stage_addr + ROPE_TILE);
+                const Desc desc_v0 = desc_n_major(pair0, SUB), desc_v1 = desc_n_major(pair1, apart);
                 fence_regs(o[0]);
                 fence_regs(o[1]);
                 wgmma_fence();

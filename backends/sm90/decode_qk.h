@@ -18,6 +18,7 @@ namespace polymla {
 constexpr float M_INIT = -1e30f;       // below any scaled logit, finite so that differences are
 constexpr float LN2 = 0.6931471805599453f;
 constexpr float RESCALE_STEP = 8.0f;   // lazy maximum: P <= 2^8 where it was looked at
+constexpr float HEADROOM = 2.0f;       // the largest weight is 4 to 8: f16 has no bits to lose where it becomes subnormal
 constexpr float SUM_LIMIT = 4096.0f;    // else a lane's sixteen weights of a row add up to no more than this
 
 template <class Elem, bool ROPE, bool GATHER>
@@ -32,16 +33,20 @@ struct QkWarpgroup {
         mbar_wait(smem + Smem::full + kv.stage() * 8, kv.parity());
         mbar_wait(smem + Smem::full + (STAGES + kv.stage()) * 8, kv.parity());
         PM_MARK(6, 0, 0);
-        // The last fragment first: q[0] is free for it.
-        ldmatrix_x4(q[0], stage + 6 * SUB + swizzle(row, 6 + lane / 16));
-        if (int(warp) * 16 >= rows) q[0][0] = q[0][1] = q[0][2] = q[0][3] = 0;
-        stmatrix_x4(smem + Smem::q_last + warp * 512 + lane / 8 % 2 * 256 + lane / 16 * 128 + lane % 8 * 16, q[0][0], q[0][1],
-                    q[0][2], q[0][3]);
-#pragma unroll
-        for (u32 k = 0; k < 27; ++k) ldmatrix_x4(q[k], stage + k / 4 * SUB + swizzle(row, k % 4 * 2 + lane / 16));
-        if (int(warp) * 16 >= rows) {
+        // Rows past the last are zero: multiplying zeros costs less power, and power is clock.
+        const bool none = int(warp) * 16 >= rows;
+        if (none) {
 #pragma unroll
             for (u32 k = 0; k < 27; ++k) q[k][0] = q[k][1] = q[k][2] = q[k][3] = 0;
+        } else {
+            // The last fragment first: q[0] is free for it.
+            ldmatrix_x4(q[0], stage + 6 * SUB + swizzle(row, 6 + lane / 16));
+        }
+        stmatrix_x4(smem + Smem::q_last + warp * 512 + lane / 8 % 2 * 256 + lane / 16 * 128 + lane % 8 * 16, q[0][0], q[0][1],
+                    q[0][2], q[0][3]);
+        if (!none) {
+#pragma unroll
+            for (u32 k = 0; k < 27; ++k) ldmatrix_x4(q[k], stage + k / 4 * SUB + swizzle(row, k % 4 * 2 + lane / 16));
         }
         PM_MARK(6, 0, 1);
         fence_async_shared();
@@ -69,7 +74,7 @@ struct QkWarpgroup {
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
         if (!(top > m + RESCALE_STEP)) return 0;
-        top = ceilf(top);
+        top = floorf(top) - HEADROOM;
         const int e = int(fmaxf(m - top, -127.0f));      // 2^-127 flushes to 0
         l *= exp2_fast(float(e));
         if (TWO_SUMS) exact *= exp2_fast(float(e));
@@ -112,8 +117,9 @@ struct QkWarpgroup {
     static PM_DEV void run(const DecodeParams& p, u32 smem) {
         u32 q[27][4];
         Ring kv;
-        for (u32 at = p.s_q * p.heads_per_kv - blockIdx.x * TILE_M; at < 64; ++at)
-            if (threadIdx.x < 16) st_shared_v4(smem + (threadIdx.x < 8 ? Smem::q_rope : Smem::q_tail) + at * 128 + threadIdx.x % 8 * 16, 0, 0, 0, 0);
+        // Rows past the last are never loaded: zero once, like the others of this kind in take_q.
+        for (int at = p.s_q * p.heads_per_kv - int(blockIdx.x) * TILE_M + int(threadIdx.x / 16); at < TILE_M; at += 8)
+            st_shared_v4(smem + (threadIdx.x & 8 ? Smem::q_rope : Smem::q_tail) + at * 128 + threadIdx.x % 8 * 16, 0, 0, 0, 0);
         fence_async_shared();
         u32 item = 0;       // blocks so far
 
@@ -165,7 +171,7 @@ struct QkWarpgroup {
                 PM_MARK(0, item, 0);
                 const u32 stage = smem + Smem::kv + kv.stage() * STAGE_BYTES, full = smem + Smem::full + kv.stage() * 8;
                 const u32 buf = item & 1;
-                const u64 desc = desc_k_major(stage);
+                const Desc desc = desc_k_major(uniform(stage));
                 if (!gated) {
                     mbar_wait(full, kv.parity());
                     PM_MARK(0, item, 1);
@@ -304,9 +310,8 @@ struct QkWarpgroup {
             const int slot = ld_shared(record + SEG_SLOT);
             if (tid % 4 == 0) {
                 const u32 at = smem + Smem::inv + (tid / 32 * 16 + tid % 32 / 4) * 4;
-                // A piece stays as it is; NaN of an invalid request must reach it all the same.
-                st_shared_f(at, slot >= 0 ? m[0] + 0.0f * l[0] : l[0] == 0.0f ? 0.0f : __fdividef(1.0f, l[0]));
-                st_shared_f(at + 32, slot >= 0 ? m[1] + 0.0f * l[1] : l[1] == 0.0f ? 0.0f : __fdividef(1.0f, l[1]));
+                st_shared_f(at, l[0] == 0.0f ? 0.0f : __fdividef(1.0f, l[0]));
+                st_shared_f(at + 32, l[1] == 0.0f ? 0.0f : __fdividef(1.0f, l[1]));
             }
             const int req = ld_shared(record + SEG_REQ);     // P V may give the record back from here on
             hand_over(smem, (item - 1) & 1, true);

@@ -30,11 +30,11 @@ PM_DEV void publish(u32 smem, u32 seg, int req, int begin, int end, int len, int
     st_release(smem + Smem::seg_ready, seg + 1);
 }
 
-// By one thread. It has few registers: its PartMeta lies in shared memory.
-PM_DEV void walk(const DecodeParams& p, u32 smem) {
+// By one thread. It has few registers: its PartMeta lies in shared memory. `ahead` is the first request's length if that is one of
+// the first 32.
+PM_DEV void walk(const DecodeParams& p, u32 smem, const PartMeta& m, int ahead) {
     const u32 part = smem + Smem::part;
     {
-        const PartMeta m = p.parts[blockIdx.z];
         st_shared(part + 0, m.begin_req);
         st_shared(part + 4, m.end_req);
         st_shared(part + 12, m.end_block);
@@ -45,7 +45,8 @@ PM_DEV void walk(const DecodeParams& p, u32 smem) {
     int req = ld_shared(part) >= 0 ? ld_shared(part) : p.b, begin = max(ld_shared(part + 8), 0);
     const int last = min(ld_shared(part + 4), p.b - 1);
     u32 seg = 0;
-    int len = req <= last ? p.cache_seqlens[req] : 0;
+    int len = ahead;
+    if (req <= last && req >= 32) len = p.cache_seqlens[req];
 #pragma unroll 1
     while (req <= last) {
         const bool bad = len < 0 || i64(len) > i64(p.max_pages_per_seq) * p.page_size;

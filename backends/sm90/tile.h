@@ -31,7 +31,7 @@ struct Smem {
     static constexpr u32 scale = q_last + 2048;             // i8 [2][64]: exponent of the factor for O
     static constexpr u32 rescale = scale + 128;             // i32 [2][4]: this warp's rows need `scale`
     static constexpr u32 limit = rescale + 32;              // i32 [64]: keys each row of the segment sees
-    static constexpr u32 inv = limit + 256;                 // f32 [64]: at the end of a segment 1 / row sum, or of a piece the maximum
+    static constexpr u32 inv = limit + 256;                 // f32 [64]: 1 / row sum, at the end of a segment
     static constexpr u32 segment = inv + 256;               // [SEGMENTS] records of 24 bytes
     static constexpr u32 part = segment + SEGMENTS * 24;    // the walker's copy of its PartMeta
     static constexpr u32 seg_ready = part + 32;          // u32: records written
@@ -64,19 +64,13 @@ struct Ring {
 // ---- wgmma descriptors, 128-byte swizzle -----------------------------------------
 // K-major (rows of 64 columns): 8-row groups lie 1024 bytes apart; a step of 16
 // columns is 32 bytes further.
-PM_DEV u64 desc_k_major(u32 addr) {
-    return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(1) << 16) | u64((addr & 0x3FFFF) >> 4);
-}
+PM_DEV Desc desc_k_major(u32 addr) { return Desc{1u << 16 | (addr & 0x3FFFF) >> 4, 1u << 30 | 1024 >> 4}; }
 // K-major without swizzle, one step of 16 columns: 8 x 8 core matrices of 128 contiguous
 // bytes, the two of a row group adjacent.
-PM_DEV u64 desc_q_last(u32 addr) {
-    return (u64(256 >> 4) << 32) | (u64(128 >> 4) << 16) | u64((addr & 0x3FFFF) >> 4);
-}
+PM_DEV Desc desc_q_last(u32 addr) { return Desc{(128 >> 4) << 16 | (addr & 0x3FFFF) >> 4, 256 >> 4}; }
 // N-major (V as it lies, tokens x columns): the second 64-column group lies `apart` bytes behind
 // the first, 8-token groups 1024 bytes; a step of 16 tokens is 2048 bytes further.
-PM_DEV u64 desc_n_major(u32 addr, u32 apart) {
-    return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(apart >> 4) << 16) | u64((addr & 0x3FFFF) >> 4);
-}
+PM_DEV Desc desc_n_major(u32 addr, u32 apart) { return Desc{(apart >> 4) << 16 | (addr & 0x3FFFF) >> 4, 1u << 30 | 1024 >> 4}; }
 
 // ---- 16-bit conversions --------------------------------------------------------------
 template <class Elem>
@@ -94,6 +88,20 @@ PM_DEV u32 pack2<F16>(float lo, float hi) {
     return r;
 }
 
+// pack2, and stored: one statement, because ptxas would pack whole rows of accumulators first, and spill.
+template <class Elem>
+PM_DEV void store2(void* dst, float lo, float hi);
+template <>
+PM_DEV void store2<Bf16>(void* dst, float lo, float hi) {
+    asm volatile("{\n .reg .b32 w;\n cvt.rn.bf16x2.f32 w, %1, %2;\n st.global.b32 [%0], w;\n}\n" ::"l"(dst), "f"(hi), "f"(lo)
+                 : "memory");
+}
+template <>
+PM_DEV void store2<F16>(void* dst, float lo, float hi) {
+    asm volatile("{\n .reg .b32 w;\n cvt.rn.f16x2.f32 w, %1, %2;\n st.global.b32 [%0], w;\n}\n" ::"l"(dst), "f"(hi), "f"(lo)
+                 : "memory");
+}
+
 // The value that pack2 keeps.
 template <class Elem>
 PM_DEV float round_to(float x);
@@ -104,10 +112,6 @@ PM_DEV float round_to<F16>(float x) {
     float r;
     asm("{\n .reg .b16 h;\n cvt.rn.f16.f32 h, %1;\n cvt.f32.f16 %0, h;\n}\n" : "=f"(r) : "f"(x));
     return r;
-}
-
-PM_DEV void unpack2_f16(u32 v, float& lo, float& hi) {
-    asm("{\n .reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;\n}\n" : "=f"(lo), "=f"(hi) : "r"(v));
 }
 
 // Shared-memory loads and stores by 32-bit address.
@@ -140,27 +144,22 @@ PM_DEV bool wait_segment(u32 smem, u32 seg) {
 }
 
 // ---- partial results -----------------------------------------------------------------------
-// O of a piece, as accumulated: not divided by its sum. With bf16 it is stored as f16, scaled by a power of two per row and
-// half such that nothing overflows and 2^-12 of each value is kept down to 2^-28 of the row's largest: an eighth of what
-// the rounding of `out` takes. That halves what small batches write and read again. With f16 it is stored as f32.
+// O of a piece, as accumulated: not divided by its sum. Of each f32 the lowest byte is dropped: 2^-15 of every value, whatever its
+// size, for a quarter less to write and read again, which is what small batches wait for.
 //
-// [slot][h_kv][m_tile][row group of 16][half of 256 columns][n8 block(s)][lane 0..32] 16 bytes: accumulator fragments,
-// so that a warp stores and reads 512 contiguous bytes. Lane (g, t) = (lane / 4, lane % 4) has of block i row g,
-// columns 8i + 2t, +1, then row g + 8; with f16 then the same of block i + 1.
+// [slot][h_kv][m_tile][row group of 16][chunk of 16 columns, 0..32][lane 0..32]: accumulator fragments, eight values a lane.
+// Lane (g, t) = (lane / 4, lane % 4) has of the chunk's first n8 block row g, columns 2t, 2t + 1, then row g + 8; then the same of
+// the second. Two arrays, so that a warp stores and reads whole lines: 16 bytes a lane with the upper halves, and at
+// PARTIAL_LOW_BYTES 8 bytes a lane with the third bytes.
 //
-// Beside it [slot][h_kv][m_tile][row group of 16][5][16] f32, a number per row each: for f16 the sum of the weights before
-// rounding, the maximum that they are relative to, their sum, and per half the exponent e with which stored values
-// count: 2^e times a value is its part of the numerator. A logarithm of the sum would not do: with logits of thousands f32 has
-// too few bits for it.
-constexpr int PARTIAL_EXACT = 0, PARTIAL_MAX = 16, PARTIAL_SUM = 32, PARTIAL_EXPONENT = 48, PARTIAL_GROUP = 5 * 16,
-              PARTIAL_ROWS = 4 * PARTIAL_GROUP;
-template <class Elem>
-struct Partial {
-    static constexpr bool HALF = Elem::HALF_PARTIALS;
-    static constexpr int VALUES = HALF ? 8 : 4;         // in 16 bytes
-    static constexpr int CHUNKS = HALF ? 32 : 64;       // of 512 bytes in a row group
-    static constexpr int UNITS = 4 * CHUNKS * 32;       // of 16 bytes in a tile
-};
+// Beside it [slot][h_kv][m_tile][row group][3][16] f32, a number per row each: for f16 the sum of the weights before rounding, the
+// maximum that weights are relative to, their sum. A logarithm of the sum would not do instead of these two: with
+// logits of thousands f32 has too few bits for it.
+constexpr int CHUNKS = 32;                              // in a row group
+constexpr int CHUNK_LANES = 4 * CHUNKS * 32;            // in a tile
+constexpr int PARTIAL_LOW_BYTES = CHUNK_LANES * 16;     // within a tile
+constexpr int PARTIAL_BYTES = CHUNK_LANES * 24;         // of a tile
+constexpr int PARTIAL_EXACT = 0, PARTIAL_MAX = 16, PARTIAL_SUM = 32, PARTIAL_GROUP = 3 * 16, PARTIAL_ROWS = 4 * PARTIAL_GROUP;
 PM_DEV i64 partial_tile(const DecodeParams& p, int slot, int kv_head, int m_tile) {
     return (i64(slot) * p.h_kv + kv_head) * p.m_tiles + m_tile;
 }

@@ -14,65 +14,67 @@
 
 namespace polymla {
 
-struct Bf16 {
-    static constexpr bool TWO_SUMS = false;
-    static constexpr bool HALF_PARTIALS = true;     // pieces are stored in 16 bits
+// TWO_SUMS: weights are summed as rounded for O, and as they are for lse.
+struct Bf16 { static constexpr bool TWO_SUMS = false; };
+struct F16 { static constexpr bool TWO_SUMS = true; };
+
+// A matrix descriptor in two words. Steps only move the address, in the lower one: 64-bit sums would cost four more instructions
+// each, and instructions that run for the first time are slow to come.
+struct Desc {
+    u32 low, high;
+    PM_DEV Desc operator+(u32 units) const { return Desc{low + units, high}; }
 };
-struct F16 {
-    static constexpr bool TWO_SUMS = true;          // weights are summed as rounded for O, and as they are for lse
-    static constexpr bool HALF_PARTIALS = false;
-};
 
 template <class Elem>
-PM_DEV void qk_step(float (&d)[32], const u32 (&a)[4], u64 desc_k, int accumulate);
+PM_DEV void qk_step(float (&d)[32], const u32 (&a)[4], Desc k, int accumulate);
 
 template <class Elem>
-PM_DEV void qk_step_shared(float (&d)[32], u64 desc_q, u64 desc_k);
+PM_DEV void qk_step_shared(float (&d)[32], Desc q, Desc k);
 
 template <class Elem>
-PM_DEV void pv_step(float (&d)[64], u64 desc_p, u64 desc_v, int accumulate);
+PM_DEV void pv_step(float (&d)[64], Desc p, Desc v, int accumulate);
 
 // One body for both element types; %n are the accumulators, then the operands.
 #define PM_WGMMA(ELEM, TYPE)                                                                                      \
     template <>                                                                                                   \
-    PM_DEV void qk_step<ELEM>(float (&d)[32], const u32 (&a)[4], u64 desc_k, int accumulate) {                    \
+    PM_DEV void qk_step<ELEM>(float (&d)[32], const u32 (&a)[4], Desc k, int accumulate) {                        \
         asm volatile(                                                                                             \
-        "{\n .reg .pred p;\n setp.ne.b32 p, %37, 0;\n"                                                            \
+        "{\n .reg .pred p;\n .reg .b64 k;\n setp.ne.b32 p, %38, 0;\n mov.b64 k, {%36, %37};\n"                     \
         " wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"                                         \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"                                                          \
+        "}, {%32, %33, %34, %35}, k, p, 1, 1, 0;\n}\n"                                                          \
         : \
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
         "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
         "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc_k), "r"(accumulate));                              \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(k.low), "r"(k.high), "r"(accumulate));                              \
     }                                                                                                             \
     template <>                                                                                                   \
-    PM_DEV void qk_step_shared<ELEM>(float (&d)[32], u64 desc_q, u64 desc_k) {                                    \
+    PM_DEV void qk_step_shared<ELEM>(float (&d)[32], Desc q, Desc k) {                                    \
         asm volatile(                                                                                             \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"                                          \
+        "{\n .reg .b64 q, k;\n mov.b64 q, {%32, %33};\n mov.b64 k, {%34, %35};\n wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"                                          \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-        "}, %32, %33, 1, 1, 1, 0, 0;\n"                                                                           \
+        "}, q, k, 1, 1, 1, 0, 0;\n}\n"                                                                           \
         : \
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
         "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
         "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) \
-        : "l"(desc_q), "l"(desc_k));                                                                              \
+        : "r"(q.low), "r"(q.high), "r"(k.low), "r"(k.high));                                                                              \
     }                                                                                                             \
     template <>                                                                                                   \
-    PM_DEV void pv_step<ELEM>(float (&d)[64], u64 desc_p, u64 desc_v, int accumulate) {                           \
+    PM_DEV void pv_step<ELEM>(float (&d)[64], Desc p, Desc v, int accumulate) {                           \
         asm volatile(                                                                                             \
-        "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"                                                            \
+        "{\n .reg .pred p;\n .reg .b64 a, v;\n setp.ne.b32 p, %68, 0;\n mov.b64 a, {%64, %65};\n mov.b64 v, {%66, %67};\n"                                                            \
         " wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"                                        \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
-        "}, %64, %65, p, 1, 1, 0, 1;\n}\n"                                                                        \
+        "}, a, v, p, 1, 1, 0, 1;\n}\n"                                                                        \
         : \
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
@@ -82,7 +84,7 @@ PM_DEV void pv_step(float (&d)[64], u64 desc_p, u64 desc_v, int accumulate);
         "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
         "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) \
-        : "l"(desc_p), "l"(desc_v), "r"(accumulate));                                                             \
+        : "r"(p.low), "r"(p.high), "r"(v.low), "r"(v.high), "r"(accumulate));                                                             \
     }
 PM_WGMMA(Bf16, "bf16")
 PM_WGMMA(F16, "f16")

@@ -53,7 +53,7 @@ class Call:
     """One problem, its schedule and workspace. kv: [pages, page, h_kv, d]; q: [b, s_q, h_q, d]."""
 
     def __init__(self, lib, q, kv, table, lens, dv=512, causal=False, scale=None, visible=None, split_layout=False,
-                 fixed=0, form=None, parts=None, cost=None, combine_ctas=2 * SMS, out=None):
+                 fixed=0, form=None, parts=None, cost=None, combine_ctas=SMS, out=None):
         self.lib = lib
         b, s_q, h_q, d = q.shape
         pages, page, h_kv, _ = kv.shape
@@ -81,7 +81,7 @@ class Call:
         max_blocks = (table.shape[1] * page + 63) // 64
         slots = b * ((max_blocks + fixed - 1) // fixed) if fixed else 2 * num_parts
         self.pout = torch.full((slots * h_kv * m_tiles, 64 * 512), float("nan"), dtype=torch.float32, device=dev)
-        self.plse = torch.full((slots * h_kv * m_tiles, 5 * 64), float("nan"), dtype=torch.float32, device=dev)
+        self.plse = torch.full((slots * h_kv * m_tiles, 3 * 64), float("nan"), dtype=torch.float32, device=dev)
         if split_layout:
             qn, qp = q[..., :512].contiguous(), q[..., 512:].contiguous()
             ckv, kpe = kv[..., :512].contiguous(), kv[..., 512:].contiguous()

@@ -11,7 +11,7 @@ use crate::device::{
 use crate::error::Result;
 use crate::problem::Problem;
 use crate::schedule::{DEFAULT_OVERHEAD_BLOCKS, ScheduleOptions, SplitPolicy, num_sm_parts};
-use crate::tensor::{DType, TensorView};
+use crate::tensor::TensorView;
 
 /// What the status word stands for, in words.
 pub(super) const FAILURE: &str = "its length or a block-table entry it uses is out of range";
@@ -25,10 +25,10 @@ const MAX_OVERHEAD_BLOCKS: u32 = 1 << 26;
 /// Threads of the schedule kernel, which is one block.
 const SCHEDULE_THREADS: u32 = 512;
 
-/// Values of partial output that a slot takes for one M tile of one KV head, and bytes of what there is about its rows:
-/// five numbers each (`PARTIAL_ROWS`, tile.h).
-const SLOT_OUT_VALUES: usize = TILE_M * 512;
-const SLOT_ROWS_BYTES: usize = TILE_M * 5 * 4;
+/// Bytes that a slot takes for one M tile of one KV head: three a value of partial output (`PARTIAL_BYTES`, tile.h), and
+/// three numbers for each row (`PARTIAL_ROWS`).
+const SLOT_OUT_BYTES: usize = TILE_M * 512 * 3;
+const SLOT_ROWS_BYTES: usize = TILE_M * 3 * 4;
 
 /// A plan on the device, in upstream's layout, with the status word of the runs that use it.
 ///
@@ -113,12 +113,10 @@ impl Sm90Schedule {
         }
     }
 
-    /// Bytes of the partial outputs, then of what there is about their rows. A bf16 problem's are stored as f16, an f16
-    /// problem's as f32.
+    /// Bytes of the partial outputs, then of what there is about their rows.
     pub(super) fn workspace_layout(&self, problem: &Problem) -> (usize, usize) {
         let tiles = self.slots(problem).saturating_mul(m_tiles(problem)).saturating_mul(problem.h_kv());
-        let value_bytes = if problem.dtype() == DType::Bf16 { 2 } else { 4 };
-        (tiles.saturating_mul(SLOT_OUT_VALUES * value_bytes), tiles.saturating_mul(SLOT_ROWS_BYTES))
+        (tiles.saturating_mul(SLOT_OUT_BYTES), tiles.saturating_mul(SLOT_ROWS_BYTES))
     }
 
     pub(super) fn workspace_bytes(&self, problem: &Problem) -> usize {

@@ -137,7 +137,8 @@ impl Sm90Backend {
         let combine_blocks = COMBINE_BLOCKS_PER_SM * self.context.facts().multiprocessors;
         let [ckv, kpe, q_nope, q_pe] = &mut maps;
         let grid = [tiles, heads, params.num_parts as u32];
-        let decode_launch = Launch { grid, block: DECODE_THREADS, programmatic: true, cluster: if paired { 2 } else { 1 } };
+        let decode_launch =
+            Launch { grid, block: DECODE_THREADS, programmatic: true, cluster: if paired { 2 } else { 1 } };
         let combine_launch =
             Launch { grid: [combine_blocks, 1, 1], block: COMBINE_THREADS, programmatic: true, cluster: 1 };
         // SAFETY: the kernels' parameters, in order. What their addresses name is vouched for by the views, checked
@@ -208,10 +209,10 @@ impl Sm90Backend {
 }
 
 /// Threads of the combine kernel.
-const COMBINE_THREADS: u32 = 512;
+const COMBINE_THREADS: u32 = 1024;
 
 /// Blocks of the combine kernel for each multiprocessor: they share whatever there is to merge.
-const COMBINE_BLOCKS_PER_SM: u32 = 2;
+const COMBINE_BLOCKS_PER_SM: u32 = 1;
 
 /// What divides a packed row by the heads of a KV head with one multiplication, `row * magic >> 32`; 0 stands for one head.
 /// Right while rows x heads stays below 2^32, see [`check_sizes`].
