@@ -137,7 +137,10 @@ struct SideLoader {
 #pragma unroll 1
         for (u32 seg = 0; wait_segment(smem, seg); ++seg) {
             const u32 rec = segment_record(smem, seg);
-            if (!has_blocks(rec)) continue;
+            if (!has_blocks(rec)) {
+                leave_segment(rec);
+                continue;
+            }
             mbar_wait(free + kv.stage() * 8, kv.parity() ^ 1);
             announce(full + kv.stage() * 8, u32(q_boxes(p, int(opaque(blockIdx.x))) * p.q_box_rows) * (GROUPS * 128));
 #pragma unroll 1
@@ -171,6 +174,7 @@ struct SideLoader {
                 }
                 kv.advance();
             }
+            leave_segment(rec);
         }
     }
 };
@@ -218,6 +222,7 @@ struct LateLoader {
                 }
                 ++item;
             }
+            leave_segment(rec);
         }
     }
 };
@@ -284,7 +289,10 @@ struct GatherLoader {
         for (u32 seg = 0; wait_segment(smem, seg); ++seg) {
             const u32 rec = segment_record(smem, seg);
             const int begin = ld_shared(rec + SEG_BEGIN);
-            if (!has_blocks(rec)) continue;
+            if (!has_blocks(rec)) {
+                leave_segment(rec);
+                continue;
+            }
 #pragma unroll 1
             for (int blk = begin - 1; blk < ld_shared(rec + SEG_END); ++blk) {     // Q is block begin - 1
                 const u32 at = (side * STAGES + kv.stage()) * 8, stage = smem + Smem::kv + kv.stage() * STAGE_BYTES;
@@ -294,6 +302,7 @@ struct GatherLoader {
                 cp_async_arrive(smem + Smem::full + at);
                 kv.advance();
             }
+            leave_segment(rec);
         }
     }
 
@@ -316,6 +325,7 @@ struct GatherLoader {
                 cp_async_arrive(smem + Smem::full_tail + buf * 8);
                 ++item;
             }
+            leave_segment(rec);
         }
     }
 };

@@ -199,7 +199,7 @@ struct PvWarpgroup {
                 ++item;
             }
             const int req = ld_shared(rec + SEG_REQ), slot = ld_shared(rec + SEG_SLOT);
-            __syncwarp();
+            leave_segment(rec);
             if (threadIdx.x % 32 == 0) add_release(smem + Smem::seg_free, 1);
             store(p, o, inv0, inv1, req, slot, half);
             PM_MARK(1 + half, item - 1, 8);

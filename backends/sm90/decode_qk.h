@@ -134,7 +134,9 @@ struct QkWarpgroup {
                 mbar_wait(smem + Smem::full_q, seg & 1);
                 if (opaque(threadIdx.x) % 32 == 0) mbar_arrive(smem + Smem::done_q);
                 if (ld_shared(rec + SEG_BAD)) l[0] = l[1] = __int_as_float(0x7fc00000);
-                store_rows(p, m, l, l, ld_shared(rec + SEG_REQ), ld_shared(rec + SEG_SLOT));
+                const int req = ld_shared(rec + SEG_REQ), slot = ld_shared(rec + SEG_SLOT);
+                leave_segment(rec);
+                store_rows(p, m, l, l, req, slot);
                 continue;
             }
             take_q(q, smem, kv, p.s_q * p.heads_per_kv - int(opaque(blockIdx.x)) * TILE_M);
@@ -313,7 +315,8 @@ struct QkWarpgroup {
                 st_shared_f(at, l[0] == 0.0f ? 0.0f : __fdividef(1.0f, l[0]));
                 st_shared_f(at + 32, l[1] == 0.0f ? 0.0f : __fdividef(1.0f, l[1]));
             }
-            const int req = ld_shared(record + SEG_REQ);     // P V may give the record back from here on
+            const int req = ld_shared(record + SEG_REQ);
+            leave_segment(record);
             hand_over(smem, (item - 1) & 1, true);
             store_rows(p, m, l, exact, req, slot);
         }

@@ -1,4 +1,4 @@
-// Walking a part's schedule: one thread turns it into segment records, up to SEGMENTS ahead of the PV warpgroups.
+// Walking a part's schedule: one thread turns it into segment records, up to SEGMENTS ahead of the slowest warp.
 #pragma once
 
 #include "decode_load.h"
@@ -18,15 +18,16 @@ PM_DEV int row_limit(const DecodeParams& p, int req, int len, int row) {
 
 // Writes record `seg` once its slot is free.
 PM_DEV void publish(u32 smem, u32 seg, int req, int begin, int end, int len, int slot, int bad) {
-    if (seg >= SEGMENTS)
-        while (ld_acquire(smem + Smem::seg_free) < 8 * (seg - SEGMENTS + 1)) __nanosleep(100);
     const u32 rec = segment_record(smem, seg);
+    if (seg >= SEGMENTS)
+        while (ld_acquire(rec + SEG_USERS) < SEG_READERS) __nanosleep(100);
     st_shared(rec + SEG_REQ, req);
     st_shared(rec + SEG_BEGIN, begin);
     st_shared(rec + SEG_END, end);
     st_shared(rec + SEG_LEN, len);
     st_shared(rec + SEG_SLOT, slot);
     st_shared(rec + SEG_BAD, bad);
+    st_shared(rec + SEG_USERS, 0);
     st_release(smem + Smem::seg_ready, seg + 1);
 }
 

@@ -32,10 +32,10 @@ struct Smem {
     static constexpr u32 rescale = scale + 128;             // i32 [2][4]: this warp's rows need `scale`
     static constexpr u32 limit = rescale + 32;              // i32 [64]: keys each row of the segment sees
     static constexpr u32 inv = limit + 256;                 // f32 [64]: 1 / row sum, at the end of a segment
-    static constexpr u32 segment = inv + 256;               // [SEGMENTS] records of 24 bytes
-    static constexpr u32 part = segment + SEGMENTS * 24;    // the walker's copy of its PartMeta
+    static constexpr u32 segment = inv + 256;               // [SEGMENTS] records of 28 bytes
+    static constexpr u32 part = segment + SEGMENTS * 28;    // the walker's copy of its PartMeta
     static constexpr u32 seg_ready = part + 32;          // u32: records written
-    static constexpr u32 seg_free = seg_ready + 4;          // u32: records done with, counted once by each PV warp
+    static constexpr u32 seg_free = seg_ready + 4;          // u32: segments whose factors are read, counted once by each PV warp
     // Barriers. `full`: bytes have landed; `empty`: everyone is done with them.
     static constexpr u32 full = seg_free + 4;               // [2][STAGES] columns 0..256; 256..448 and rope
     static constexpr u32 empty = full + 2 * STAGES * 8;     // [2][STAGES] (in both CTAs of a pair)
@@ -128,11 +128,14 @@ PM_DEV void st_shared_f(u32 addr, float v) { st_shared(addr, __float_as_int(v));
 // A segment is one request's blocks [begin, end) within a part. The walker writes them as records
 // into a ring in shared memory; each role reads what it needs. Without blocks nothing is loaded or multiplied, but
 // results are written.
-// Record: i32 req (-1 ends the part), begin, end, len, slot, bad
+// Record: i32 req (-1 ends the part), begin, end, len, slot, bad, users
 //   len   keys of the request;  slot  where the partial result goes, -1 for a whole request
 //   bad   the length is invalid, or an invalid table entry was met
-constexpr u32 SEG_BYTES = 24;
-enum SegField { SEG_REQ = 0, SEG_BEGIN = 4, SEG_END = 8, SEG_LEN = 12, SEG_SLOT = 16, SEG_BAD = 20 };
+//   users warps that are done with the record: each role goes through segments without blocks at its own pace, so that only
+//         a count of all of them, per record, says when its place is free
+constexpr u32 SEG_BYTES = 28;
+constexpr u32 SEG_READERS = 15;     // all warps but the walker's
+enum SegField { SEG_REQ = 0, SEG_BEGIN = 4, SEG_END = 8, SEG_LEN = 12, SEG_SLOT = 16, SEG_BAD = 20, SEG_USERS = 24 };
 PM_DEV u32 segment_record(u32 smem, u32 seg) { return smem + Smem::segment + (seg % SEGMENTS) * SEG_BYTES; }
 
 PM_DEV bool has_blocks(u32 rec) { return ld_shared(rec + SEG_BEGIN) < ld_shared(rec + SEG_END); }
@@ -141,6 +144,12 @@ PM_DEV bool has_blocks(u32 rec) { return ld_shared(rec + SEG_BEGIN) < ld_shared(
 PM_DEV bool wait_segment(u32 smem, u32 seg) {
     while (ld_acquire(smem + Smem::seg_ready) <= seg) {}
     return ld_shared(segment_record(smem, seg) + SEG_REQ) >= 0;
+}
+
+// This warp will not read or mark the record any more.
+PM_DEV void leave_segment(u32 rec) {
+    __syncwarp();
+    if (opaque(threadIdx.x) % 32 == 0) add_release(rec + SEG_USERS, 1);
 }
 
 // ---- partial results -----------------------------------------------------------------------
