@@ -77,10 +77,10 @@ step_golden() { timeout 20 "$carry/polymla" conformance --backend sm90 tests/gol
 step_tests() {
     local failures=0 limit name
     while read -r limit name; do
-        POLYMLA_TEST_RANDOM=${POLYMLA_TEST_RANDOM:-300} timeout "$limit" "$carry/cuda-tests" --exact "$name" ||
+        POLYMLA_TEST_RANDOM=${POLYMLA_TEST_RANDOM:-2000} timeout "$limit" "$carry/cuda-tests" --exact "$name" ||
             { echo "FAILED ($?): $name" && failures=$((failures + 1)); }
     done <<'END'
-50 sm90::random_problems
+90 sm90::random_problems
 20 sm90::repeated_runs_give_the_same_bits
 20 sm90::batch_invariant_rows_have_the_same_bits_alone
 20 sm90::a_captured_step_follows_new_lengths_and_smaller_batches

@@ -116,11 +116,12 @@ PM_DEV void combine(const DecodeParams& p) {
             }
             cp_async_commit();
         };
-        // Sixteen threads a piece, of which twelve copy.
+        // Sixteen threads a piece, of which twelve copy; eight where there are no exact sums.
         const u32 part = threadIdx.x % 16;
+        const bool copies = part < PARTIAL_GROUP / 4 && (Elem::TWO_SUMS || part >= PARTIAL_MAX / 4);
         auto copy_rows = [&](int round, int end) {
 #pragma unroll 1
-            for (int piece = round + int(threadIdx.x / 16); piece < end && part < PARTIAL_GROUP / 4; piece += COMBINE_THREADS / 16)
+            for (int piece = round + int(threadIdx.x / 16); piece < end && copies; piece += COMBINE_THREADS / 16)
                 cp_async16(smem_addr(&smem.rows[piece - round][part * 4]),
                            row_data + part * 4 + i64(pieces.slot(piece)) * (tile_step * PARTIAL_ROWS));
             cp_async_commit();

@@ -242,9 +242,12 @@ def check(lib, golden):
     cases.append(dict(b=40, s_q=1, h_q=64, s_k=600, varlen=True))
     cases.append(dict(b=300, s_q=1, h_q=16, s_k=100, varlen=True))
     cases.append(dict(b=2, s_q=1, h_q=16, s_k=5000, peak=100.0, tol=5e-3))
+    # more requests without keys in a row than there are segment records, in parts of many requests
+    cases.append(dict(b=5, s_q=13, h_q=15, s_k=0, lens=[0, 0, 0, 0, 90], parts=1))
+    cases.append(dict(b=12, s_q=1, h_q=128, s_k=0, lens=[0, 0, 0, 0, 0, 0, 300, 0, 0, 0, 0, 70], parts=1))
     for i, kw in enumerate(cases):
         kw = dict(kw)
-        causal, tol = kw.pop("causal", False), kw.pop("tol", 8e-4)
+        causal, tol, parts = kw.pop("causal", False), kw.pop("tol", 8e-4), kw.pop("parts", None)
         q, kv, table, lens = make(seed=i, **kw)
         ref = reference(q, kv, table, lens, 512, causal, q.shape[-1] ** -0.5)
         forms = [None]
@@ -253,7 +256,7 @@ def check(lib, golden):
             forms.append(1)
         for form in forms:
             for fixed in ((0, 2) if form is None else (0,)):
-                c = Call(lib, q, kv, table, lens, causal=causal, form=form, fixed=fixed)
+                c = Call(lib, q, kv, table, lens, causal=causal, form=form, fixed=fixed, parts=parts)
                 out, lse = c()
                 n += 1
                 ok = verdict(f"{kw} form={c.form} fixed={fixed}", out, lse, *ref, abs_tol=tol)

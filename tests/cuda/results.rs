@@ -39,7 +39,7 @@ pub fn golden_files<B: Tested>() {
 
 pub fn random_problems<B: Tested>() {
     let Some(backend) = backend::<B>() else { return };
-    let count = std::env::var("POLYMLA_TEST_RANDOM").ok().and_then(|n| n.parse().ok()).unwrap_or(300u64);
+    let count = std::env::var("POLYMLA_TEST_RANDOM").ok().and_then(|n| n.parse().ok()).unwrap_or(1000u64);
     let (next, failures) = (AtomicU64::new(0), Mutex::new(Vec::new()));
     // The reference takes the time: one seed a thread at once.
     std::thread::scope(|scope| {
