@@ -4,46 +4,60 @@
 #
 #   scripts/device-portable.sh build          here: the binary and the libraries into .carry/portable/
 #   scripts/device-portable.sh run [STEP...]  there, in the repository's root with .carry/portable/ beside it; the steps
-#                                             named, or golden tests hip musa maca bench sanitizer
+#                                             named, or golden tests hip musa maca corex bench sanitizer
 #
 # Results go to $OUT (else .carry/portable/out): one log a step. Every step runs, whatever became of those before, and is
 # ended after its own limit of time; the last line counts them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/device-steps.sh
 carry=$PWD/.carry/portable
 
 build() {
-    local target=${CARGO_TARGET_DIR:-$PWD/target}
+    local target=${CARGO_TARGET_DIR:-$PWD/target} wheel=$PWD/.cache/cuda/nvidia/cu13/bin
+    [ ! -x "$wheel/nvcc" ] || PATH=$wheel:$PATH
     mkdir -p "$carry"
-    cargo build --release --features cli,sm90,cuda,hip,musa,maca
+    cargo build --release --features cli,sm90,cuda,hip,musa,maca,corex
     cp "$target/release/polymla" "$carry/polymla"
     strip "$carry/polymla"
-    local tests
-    tests=$(cargo test --no-run --features sm90,cuda --test cuda --message-format=json |
-        python3 -c 'import json,sys
-for line in sys.stdin:
-    m = json.loads(line)
-    if m.get("executable") and m["target"]["name"] == "cuda":
-        print(m["executable"])')
-    cp "$tests" "$carry/cuda-tests"
+    cp "$(test_binary cuda sm90,cuda)" "$carry/cuda-tests"
     strip "$carry/cuda-tests"
     local vendor
-    for vendor in hip musa maca; do
+    for vendor in hip musa maca corex; do
         c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -Wall -Wextra -Werror \
             -DSHIM_VENDOR_HEADER="\"$vendor.h\"" -o "$carry/lib$vendor.so" tests/shims/forward.cpp -ldl
     done
     # Moore Threads' newer devices have warps of 32.
     c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -DSHIM_VENDOR_HEADER='"musa.h"' -DSHIM_WARP=32 \
         -o "$carry/libmusa32.so" tests/shims/forward.cpp -ldl
+    # CoreX has no run-time compiler: its kernels come by the script that `polymla kernels` writes, nvcc standing in.
+    "$carry/polymla" kernels --vendor corex --arch ivcore11 --out "$carry/corex"
+    COREX_CXX=$PWD/tests/shims/corex-clang.sh bash "$carry/corex/corex-ivcore11.sh"
     ls -l "$carry"
 }
 
 # Golden files and random problems, on the device.
 step_golden() { timeout 120 "$carry/polymla" conformance --backend cuda --random 300; }
 
-# What both CUDA backends must pass: golden, random, repeats, batch invariance, graphs, bad input.
+# What both CUDA backends must pass: golden, random, repeats, batch invariance, graphs, bad input. One process a test: in one,
+# a test's work on the legacy stream would end another's graph capture.
 step_tests() {
-    POLYMLA_REQUIRE=cuda POLYMLA_TEST_RANDOM=${POLYMLA_TEST_RANDOM:-300} timeout 120 "$carry/cuda-tests" portable::
+    export POLYMLA_REQUIRE=cuda POLYMLA_TEST_RANDOM=${POLYMLA_TEST_RANDOM:-300}
+    local name pids=() names=() i failed=0
+    for name in $("$carry/cuda-tests" --list portable:: | sed -n 's/: test$//p'); do
+        timeout 120 "$carry/cuda-tests" --exact "$name" >"$out/test-${name##*:}.log" 2>&1 &
+        pids+=($!) names+=("$name")
+    done
+    for i in "${!pids[@]}"; do
+        if wait "${pids[$i]}"; then
+            echo "passed: ${names[$i]}"
+        else
+            tail -n 20 "$out/test-${names[$i]##*:}.log"
+            echo "FAILED: ${names[$i]}"
+            failed=1
+        fi
+    done
+    [ ${#pids[@]} -gt 0 ] && [ $failed -eq 0 ]
 }
 
 # HIP's host code and kernels over NVRTC and libcuda.
@@ -63,6 +77,17 @@ step_musa() {
 step_maca() {
     POLYMLA_MACA_LIB=$carry/libmaca.so POLYMLA_MCRTC_LIB=$carry/libmaca.so \
         timeout 240 "$carry/polymla" conformance --backend maca --random 100
+}
+
+# Its libcuda is CUDA's by name: the real one, whose warps are not CoreX's, must be refused.
+step_corex() {
+    POLYMLA_COREX_LIB=$carry/libcorex.so POLYMLA_MODULE_DIR=$carry/corex \
+        timeout 240 "$carry/polymla" conformance --backend corex --random 100
+    local words
+    words=$(POLYMLA_COREX_LIB=libcuda.so.1 POLYMLA_MODULE_DIR=$carry/corex \
+        timeout 60 "$carry/polymla" conformance --backend corex 2>&1) && { echo "libcuda was taken for CoreX's"; return 1; }
+    echo "$words"
+    grep -q 'warp size 32' <<<"$words"
 }
 
 step_bench() { timeout 120 "$carry/polymla" bench --backend cuda --suite h200; }
@@ -85,28 +110,8 @@ step_sanitizer() {
 run() {
     out=${OUT:-$carry/out}
     mkdir -p "$out"
-    local passed=0 failed=0 step start
-    local steps=("$@")
-    [ ${#steps[@]} -gt 0 ] || steps=(golden tests hip musa maca bench sanitizer)
-    for step in "${steps[@]}"; do
-        echo "== $step"
-        start=$SECONDS
-        # In a subshell with the shell's own checks on: `if` would switch them off.
-        set +e
-        (set -e && "step_$step") >"$out/$step.log" 2>&1
-        local status=$?
-        set -e
-        tail -n "${LINES_SHOWN:-34}" "$out/$step.log"
-        if [ $status -eq 0 ]; then
-            passed=$((passed + 1))
-            echo "-- $step passed in $((SECONDS - start)) s"
-        else
-            failed=$((failed + 1))
-            echo "-- $step FAILED ($status) in $((SECONDS - start)) s"
-        fi
-    done
-    echo "$passed steps passed, $failed failed"
-    [ $failed -eq 0 ]
+    [ $# -gt 0 ] || set -- golden tests hip musa maca corex bench sanitizer
+    run_steps "$@"
 }
 
 case ${1:-} in

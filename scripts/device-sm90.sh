@@ -11,6 +11,7 @@
 # POLYMLA_NVCC names nvcc for `build` (else .cache/cuda, else PATH).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/device-steps.sh
 carry=$PWD/.carry
 
 build() {
@@ -23,15 +24,7 @@ build() {
     mkdir -p "$carry"
     cargo build --release --features cli,sm90
     cp "$target/release/polymla" "$carry/polymla"
-    # cargo prints where the test binary is; there may be older ones beside it.
-    local tests
-    tests=$(cargo test --no-run --features sm90 --test cuda --message-format=json |
-        python3 -c 'import json,sys
-for line in sys.stdin:
-    m = json.loads(line)
-    if m.get("executable") and m["target"]["name"] == "cuda":
-        print(m["executable"])')
-    cp "$tests" "$carry/cuda-tests"
+    cp "$(test_binary cuda sm90)" "$carry/cuda-tests"
     strip "$carry/polymla" "$carry/cuda-tests"
     ls -l "$carry"
 }
@@ -40,30 +33,10 @@ run() {
     out=${OUT:-$carry/out}
     mkdir -p "$out"
     export POLYMLA_REQUIRE=sm90 RUST_BACKTRACE=0
-    local passed=0 failed=0 step start
-    local steps=("$@")
-    [ ${#steps[@]} -gt 0 ] || steps=(bench golden tests first-use)
+    [ $# -gt 0 ] || set -- bench golden tests first-use
     nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv,noheader || true
     "$carry/polymla" info | sed -n '/^sm90 /p' || true
-    for step in "${steps[@]}"; do
-        echo "== $step"
-        start=$SECONDS
-        # In a subshell with the shell's own checks on: `if` would switch them off.
-        set +e
-        (set -e && "step_$step") >"$out/$step.log" 2>&1
-        local status=$?
-        set -e
-        tail -n "${LINES_SHOWN:-60}" "$out/$step.log"
-        if [ $status -eq 0 ]; then
-            passed=$((passed + 1))
-            echo "-- $step passed in $((SECONDS - start)) s"
-        else
-            failed=$((failed + 1))
-            echo "-- $step FAILED ($status) in $((SECONDS - start)) s"
-        fi
-    done
-    echo "$passed passed, $failed failed"
-    [ "$failed" -eq 0 ]
+    run_steps "$@"
 }
 
 step_bench() {

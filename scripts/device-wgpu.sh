@@ -9,20 +9,15 @@
 # ended after its own limit of time; the last line counts them. Folders .carry/wgpu/shaders-* are timed as variants.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/device-steps.sh
 carry=$PWD/.carry/wgpu
 
 build() {
-    local target=${CARGO_TARGET_DIR:-$PWD/target} tests
+    local target=${CARGO_TARGET_DIR:-$PWD/target}
     mkdir -p "$carry"
     cargo build --release --features cli,wgpu
     cp "$target/release/polymla" "$carry/polymla"
-    tests=$(cargo test --no-run --features cli,wgpu --test wgpu --message-format=json |
-        python3 -c 'import json,sys
-for line in sys.stdin:
-    m = json.loads(line)
-    if m.get("executable") and m["target"]["name"] == "wgpu":
-        print(m["executable"])')
-    cp "$tests" "$carry/wgpu-tests"
+    cp "$(test_binary wgpu cli,wgpu)" "$carry/wgpu-tests"
     strip "$carry/polymla" "$carry/wgpu-tests"
     ls -l "$carry"
 }

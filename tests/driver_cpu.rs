@@ -1,4 +1,4 @@
-//! The whole host code of HIP, MUSA and MACA on this CPU: the backend as users open it, over a library that has the vendor's names
+//! The whole host code of HIP, MUSA, MACA and CoreX on this CPU: the backend as users open it, over a library that has the vendor's names
 //! and runs the kernels in the fiber harness (`tests/shims/harness.cpp`). It proves our calls, not the vendor's ABI.
 
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -23,7 +23,12 @@ const CASES: &[Case] = &[
     ("musa", ["POLYMLA_MUSA_LIB", "POLYMLA_MTRTC_LIB"], 128, 28, "mp_22"),
     #[cfg(feature = "maca")]
     ("maca", ["POLYMLA_MACA_LIB", "POLYMLA_MCRTC_LIB"], 64, 64, "xcore100"),
+    #[cfg(feature = "corex")]
+    ("corex", ["POLYMLA_COREX_LIB", "POLYMLA_COREX_RTC_LIB"], 64, 64, "ivcore11"),
 ];
+
+/// How the binary begins that the harness takes: `CODE` of `harness.cpp`, which zeros follow.
+const CODE: &[u8] = b"\x7fELF kernels of the fiber harness";
 
 fn library(vendor: &str, warp: u32, kib: u32) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -67,16 +72,29 @@ fn one(&(vendor, variables, warp, kib, arch): &Case) {
         }
         std::env::set_var(driver::CACHE_VARIABLE, &cache);
     }
+    // CoreX has no run-time compiler: its kernels come from the folder of modules.
+    let compiles = vendor != "corex";
+    if !compiles {
+        std::fs::create_dir_all(&cache).expect("the target folder");
+        for (name, _) in driver::kernel_source(vendor, arch).expect(arch).binaries {
+            std::fs::write(cache.join(name), [CODE, &[0; 31]].concat()).expect("the target folder");
+        }
+        // SAFETY: as above.
+        unsafe { std::env::set_var(driver::MODULE_DIR_VARIABLE, &cache) };
+    }
     let backend = driver::open(vendor).expect("the library has a device");
     let info = MlaBackend::info(&backend);
     assert_eq!(info.device, Device::Accelerator { platform: info.name, ordinal: 1 }, "device 0 has warps of 16");
     assert!(
-        info.name == vendor && info.device_name.contains(arch) && info.device_name.contains("compiled by"),
+        info.name == vendor
+            && info.device_name.contains(arch)
+            && info.device_name.contains(if compiles { "compiled by" } else { "module folder" }),
         "{info:?}"
     );
     assert_eq!(info.evidence, Evidence::T3, "the library says that it stands in for the vendor's");
     let cached = driver::open_device(vendor, 1).expect("again");
-    assert!(MlaBackend::info(&cached).device_name.contains("disk cache"), "{cached:?}");
+    let again = if compiles { "disk cache" } else { "module folder" };
+    assert!(MlaBackend::info(&cached).device_name.contains(again), "{cached:?}");
     let refused = driver::open_device(vendor, 0).expect_err("warps of 16").to_string();
     assert!(refused.contains("warp size 16") && refused.contains(&warp.to_string()), "{refused}");
     assert!(matches!(driver::open_device(vendor, 7), Err(MlaError::Absent { .. })));

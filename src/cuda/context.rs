@@ -16,6 +16,8 @@ pub(crate) struct DeviceFacts {
     pub(crate) ordinal: u32,
     pub(crate) compute_capability: (u32, u32),
     pub(crate) multiprocessors: u32,
+    #[cfg(feature = "cuda")]
+    pub(crate) warp_size: u32,
     /// What a block may ask for.
     #[cfg(feature = "cuda")]
     pub(crate) shared_memory_per_block: u32,
@@ -158,6 +160,8 @@ impl DeviceFacts {
                 attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             ),
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            #[cfg(feature = "cuda")]
+            warp_size: attribute(Attribute::CU_DEVICE_ATTRIBUTE_WARP_SIZE)?,
             #[cfg(feature = "cuda")]
             shared_memory_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         })

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use super::context::Context;
+use super::context::{Context, DeviceFacts};
 use super::driver::Driver;
 use super::nvrtc;
 use crate::backend::{Evidence, Unsupported};
@@ -85,20 +85,53 @@ pub unsafe fn from_context(context: *mut c_void) -> Result<PortableBackend> {
     open(unsafe { Context::borrowed(driver, context.cast()) }.map_err(|e| absent(e.to_string()))?)
 }
 
-fn open(context: Arc<Context>) -> Result<PortableBackend> {
-    let facts = context.facts().clone();
+/// The tile class for a device. CoreX's driver has the names of NVIDIA's; its warps are 64 lanes wide.
+fn class_of(facts: &DeviceFacts) -> Result<TileClass> {
     let (major, minor) = facts.compute_capability;
     let refuse = |param, value: String, limit: &str| {
         absent(Unsupported { backend: NAME, param, value, limit: limit.into() }.to_string())
     };
+    if facts.warp_size != units::CUDA_WARP {
+        return Err(refuse("warp size", facts.warp_size.to_string(), &units::CUDA_WARP.to_string()));
+    }
     if facts.compute_capability < COMPUTE_CAPABILITY {
         return Err(refuse("compute capability", format!("{major}.{minor}"), "7.5 and later"));
     }
-    let class = TileClass::of(units::CUDA_WARP, facts.shared_memory_per_block)
-        .ok_or_else(|| refuse("shared memory a block", facts.shared_memory_per_block.to_string(), "64 KiB or more"))?;
+    TileClass::of(units::CUDA_WARP, facts.shared_memory_per_block)
+        .ok_or_else(|| refuse("shared memory a block", facts.shared_memory_per_block.to_string(), "64 KiB or more"))
+}
+
+fn open(context: Arc<Context>) -> Result<PortableBackend> {
+    let facts = context.facts().clone();
+    let (major, minor) = facts.compute_capability;
+    let class = class_of(&facts)?;
     let compilers = Compilers::new(&nvrtc::NAMES, nvrtc::candidates(context.driver().version().0));
     let device: Arc<dyn Api> = context;
     let kernels = Kernels::new(&device, &DIALECT, units::cuda_arch(major, minor), class, compilers)?;
     let words = format!("{} (sm_{major}{minor}), {} SMs", facts.name, facts.multiprocessors);
     PortableBackend::new(device, NAME, &words, facts.multiprocessors, kernels, Evidence::T5)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_devices_with_nvidia_s_warps_are_taken() {
+        let h200 = DeviceFacts {
+            name: "H200".into(),
+            ordinal: 0,
+            compute_capability: (9, 0),
+            multiprocessors: 132,
+            warp_size: 32,
+            shared_memory_per_block: 227 * 1024,
+        };
+        assert_eq!(class_of(&h200).expect("a class").kib, 227);
+        let corex = DeviceFacts { warp_size: 64, ..h200.clone() };
+        assert!(class_of(&corex).expect_err("CoreX's").to_string().contains("warp size 64"));
+        let old = DeviceFacts { compute_capability: (7, 0), ..h200.clone() };
+        assert!(class_of(&old).expect_err("too old").to_string().contains("compute capability 7.0"));
+        let small = DeviceFacts { shared_memory_per_block: 48 * 1024, ..h200 };
+        assert!(class_of(&small).is_err());
+    }
 }

@@ -11,6 +11,7 @@
 //   SHIM_WARP, SHIM_SHARED_KIB, SHIM_WARP_ATTRIBUTE, SHIM_SHARED_ATTRIBUTE, SHIM_PROCESSORS_ATTRIBUTE
 //   SHIM_PROPERTIES        fills the vendor's struct of properties; or
 //   SHIM_CAPABILITY(minor), SHIM_CAPABILITY_ATTRIBUTES     the compute capability and the numbers of its attributes
+//   SHIM_NO_COMPILER       defined where it has no run-time compiler; then nothing of one is asked of the header
 //   SHIM_CONTEXTS          defined where the vendor's driver has CUDA's contexts and CUDA's way with words of codes
 //   SHIM_ARCH_OPTION       how its compiler is told the architecture: must be there
 //   SHIM_PRELUDE           source before ours: the vendor's builtins in CUDA's words
@@ -43,8 +44,8 @@ F find(const std::vector<const char*>& libraries, const char* name) {
     std::abort();
 }
 const std::vector<const char*> DRIVER = {"libcuda.so.1", "libcuda.so"};
-const std::vector<const char*> COMPILER = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so",
-                                           "/usr/local/cuda/lib64/libnvrtc.so"};
+[[maybe_unused]] const std::vector<const char*> COMPILER = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so",
+                                                            "/usr/local/cuda/lib64/libnvrtc.so"};
 
 #define FORWARD(name, ...)                                                                          \
     static const auto function = find<int (*)(__VA_ARGS__)>(DRIVER, #name);                         \
@@ -216,6 +217,7 @@ API int SHIM(launch)(Handle f, unsigned gx, unsigned gy, unsigned gz, unsigned b
 }
 
 // ---- run-time compiler ----------------------------------------------------------------------------
+#ifndef SHIM_NO_COMPILER
 #define COMPILE(name, ...)                                                         \
     static const auto function = find<int (*)(__VA_ARGS__)>(COMPILER, "nvrtc" #name); \
     return function
@@ -253,3 +255,4 @@ API int SHIM_RTC(log)(Handle p, char* log) { COMPILE(GetProgramLog, Handle, char
 API int SHIM_RTC(binary_size)(Handle p, size_t* n) { COMPILE(GetCUBINSize, Handle, size_t*)(p, n); }
 API int SHIM_RTC(binary)(Handle p, char* code) { COMPILE(GetCUBIN, Handle, char*)(p, code); }
 API int SHIM_RTC(destroy)(Handle* p) { COMPILE(DestroyProgram, Handle*)(p); }
+#endif

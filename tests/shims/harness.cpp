@@ -175,6 +175,7 @@ API int SHIM(launch)(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx
     return simt_launch(name, gx, shared, params[0], ++launches);
 }
 
+#ifndef SHIM_NO_COMPILER
 // The compiler: takes the source for what it is by its options, and counts how often it was asked.
 API const char* SHIM_RTC(error_string)(int) { return "compilation failed"; }
 API int SHIM_RTC(version)(int* major, int* minor) { return *major = 1, *minor = 2, 0; }
@@ -195,3 +196,4 @@ API int SHIM_RTC(log)(void*, char* log) { return *log = 0, 0; }
 API int SHIM_RTC(binary_size)(void*, size_t* n) { return *n = sizeof CODE, 0; }
 API int SHIM_RTC(binary)(void*, char* code) { return std::memcpy(code, CODE, sizeof CODE), 0; }
 API int SHIM_RTC(destroy)(void** p) { return drop(*p, handles); }
+#endif
