@@ -11,10 +11,18 @@ use super::table::Table;
 /// A linked function as a pointer of the table's type.
 macro_rules! linked {
     ($name:ident) => {
-        // SAFETY: a function pointer for another of the same size. The types of arguments agree in the calling
-        // convention (enums of 32 bits for integers, pointers for addresses and handles), as the tests check.
-        unsafe { std::mem::transmute::<*const (), _>(hip::$name as *const ()) }
+        // SAFETY: a function. The types of arguments agree in the calling convention (enums of 32 bits for integers, pointers
+        // for addresses and handles), as the tests check.
+        unsafe { pointer_to(hip::$name as *const ()) }
     };
+}
+
+/// # Safety
+/// `F` must be a type of function pointers, by which the function at `address` may be called.
+unsafe fn pointer_to<F: Copy>(address: *const ()) -> F {
+    const { assert!(size_of::<F>() == size_of::<*const ()>(), "not a function pointer") };
+    // SAFETY: of the same size, and of the caller's choice.
+    unsafe { std::mem::transmute_copy(&address) }
 }
 
 pub(super) fn table() -> Table {
