@@ -170,6 +170,41 @@ fn schedules_equal_the_host_s() {
     }
 }
 
+/// Where the overhead is left to the kernel, it takes the plan that costs least by the rule of schedule.h.
+#[test]
+fn an_open_overhead_makes_the_cheapest_plan() {
+    let mut rng = fastrand_like(11);
+    let mut chosen = std::collections::BTreeSet::new();
+    for name in ["fma-32-64", "fma-64-64", "fma-128-28"] {
+        let backend = SimtBackend::new(by_name(name));
+        for case in 0..60 {
+            let b = if case == 59 { 1100 } else { 1 + rng() as usize % 20 };
+            let lens: Vec<i32> = (0..b).map(|_| (rng() % 3 * (rng() % 9000)) as i32).collect();
+            let (parts, merge_cost) = (1 + rng() as usize % 140, (rng() % 60) as i64);
+            let plan_of =
+                |overhead_blocks| get_mla_metadata(&lens, parts, SplitPolicy::Balanced { overhead_blocks }).unwrap();
+            let cost = |overhead: u32| {
+                let plan = plan_of(overhead);
+                let segments =
+                    |part| plan.splits_of(part).map(|s| (s.end_block - s.begin_block).max(1) as i64 * 1024 + 1280);
+                let dearest = plan.tile_scheduler_metadata().iter().map(|part| segments(part).sum::<i64>()).max();
+                dearest.unwrap() + merge_cost * plan.total_partials() as i64
+            };
+            let best = [5, 0, 1, 2, 3, 4, 7, 9].into_iter().min_by_key(|overhead| cost(*overhead)).unwrap();
+            chosen.insert(best);
+            let plan = backend.plan_with(&lens, 20_000, parts, SplitPolicy::default(), -1, merge_cost as i32);
+            let want = plan_of(best);
+            assert_eq!(
+                plan.parts,
+                want.tile_scheduler_metadata(),
+                "{name} {case}: overhead {best}, {parts} parts {lens:?}"
+            );
+            assert_eq!(plan.num_splits, want.num_splits(), "{name} {case}: overhead {best}, {parts} parts {lens:?}");
+        }
+    }
+    assert!(chosen.len() >= 4, "the cases are too much alike: {chosen:?}");
+}
+
 /// A plan whose blocks do not fit 32 bits is refused, and what it leaves is safe to run.
 #[test]
 fn an_overflowing_schedule_is_reported() {

@@ -74,23 +74,34 @@ PM_DEV void pm_ldmatrix_x4_trans(u32 (&r)[4], const char* at) {
 }
 
 // ---- for the kernel with roles ----
-// 256 threads of a block of 384 take registers from the other 128. What the compilers spill least with.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-PM_DEV void pm_more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 192;"); }
-PM_DEV void pm_fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 120;"); }
-#elif defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL)
-PM_DEV void pm_more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 200;"); }
-PM_DEV void pm_fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 104;"); }
+// 512 threads have 128 registers each; 256 of them take what the others, in two roles, give.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL)
+PM_DEV void pm_registers_pv() { asm volatile("setmaxnreg.inc.sync.aligned.u32 168;"); }
+PM_DEV void pm_registers_qk() { asm volatile("setmaxnreg.dec.sync.aligned.u32 112;"); }
+PM_DEV void pm_registers_copy() { asm volatile("setmaxnreg.dec.sync.aligned.u32 64;"); }
 #else
-PM_DEV void pm_more_registers() {}
-PM_DEV void pm_fewer_registers() {}
+PM_DEV void pm_registers_pv() {}
+PM_DEV void pm_registers_qk() {}
+PM_DEV void pm_registers_copy() {}
 #endif
-// A barrier of `threads` threads, some of which may only arrive.
-PM_DEV void pm_bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-PM_DEV void pm_bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Brings the line of an address that may be read into L2.
+PM_DEV void pm_prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+// As pm_thread, and worked out where it stands: what is made of it is not kept in registers from loop to loop.
+PM_DEV int pm_thread_again() {
+    int i;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+    return i;
+}
+template <class T>
+PM_DEV T pm_shfl(T x, int lane) {
+    return __shfl_sync(0xffffffffu, x, lane);
+}
 // A barrier in shared memory of 8 bytes, whose phases complete by `arrivals` arrivals each.
 PM_DEV void pm_mbar_init(char* at, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(pm_shared(at)), "r"(arrivals) : "memory");
+}
+PM_DEV void pm_mbar_arrive(char* at) {
+    asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(pm_shared(at)) : "memory");
 }
 // Arrives once this thread's copies so far have landed.
 PM_DEV void pm_copy_arrive(char* at) {
@@ -131,30 +142,22 @@ PM_DEV void pm_mma_16816<F16>(float* c, const u32 (&a)[4], const u32* b) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-#else
-PM_DEV u32 pm_round_bf16(float x) {
-    const u32 u = __float_as_uint(x);
-    return (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-}
-PM_DEV u32 pm_pack_bf16(float lo, float hi) { return pm_round_bf16(lo) | (pm_round_bf16(hi) << 16); }
-PM_DEV void pm_copy16(char* dst, const void* src, bool valid) {
-    *reinterpret_cast<uint4*>(dst) = valid ? *static_cast<const uint4*>(src) : make_uint4(0, 0, 0, 0);
-}
-PM_DEV void pm_copy_commit() {}
-template <int N>
-PM_DEV void pm_copy_wait() {}
 #endif
 
 // Programmatic dependent launch: no-ops where a kernel was launched without it.
 #if __CUDA_ARCH__ >= 900
 PM_DEV void pm_grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 PM_DEV void pm_grid_release() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-#else
+#elif __CUDA_ARCH__ >= 800
 PM_DEV void pm_grid_wait() {}
 PM_DEV void pm_grid_release() {}
 #endif
 
 }  // namespace polymla
+
+#if __CUDA_ARCH__ < 800
+#include "plain.h"
+#endif
 
 #if __CUDA_ARCH__ >= 800 && !defined(POLYMLA_FMA)
 #include "tile_mma.h"

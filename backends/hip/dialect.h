@@ -12,7 +12,7 @@
 #define PM_SHARED_DYNAMIC(name) extern __attribute__((shared)) __attribute__((aligned(128))) char name[]
 #define PM_WARP 64
 
-#include "params.h"
+#include "plain.h"
 
 namespace polymla {
 
@@ -55,31 +55,6 @@ PM_DEV u16 pm_float_to_f16(float x) {
     v.h = _Float16(x);
     return v.u;
 }
-// Round to nearest even; NaN stays NaN.
-PM_DEV u32 pm_round_bf16(float x) {
-    union {
-        float f;
-        u32 u;
-    } v;
-    v.f = x;
-    return x != x ? (v.u >> 16) | 0x40u : (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
-}
-PM_DEV u32 pm_pack_bf16(float lo, float hi) { return pm_round_bf16(lo) | (pm_round_bf16(hi) << 16); }
-
-// 16 bytes, or zeros where `valid` is false; then `src` is not read. Through registers: complete when the next barrier is.
-struct alignas(16) CopyUnit {
-    u32 w[4];
-};
-PM_DEV void pm_copy16(char* dst, const void* src, bool valid) {
-    CopyUnit x = {{0, 0, 0, 0}};
-    if (valid) x = *static_cast<const CopyUnit*>(src);
-    *reinterpret_cast<CopyUnit*>(dst) = x;
-}
-PM_DEV void pm_copy_commit() {}
-template <int N>
-PM_DEV void pm_copy_wait() {}
-PM_DEV void pm_grid_wait() {}
-PM_DEV void pm_grid_release() {}
 
 }  // namespace polymla
 

@@ -107,17 +107,18 @@ struct SegmentWalk {
     PM_DEV bool next(const DecodeParams& p, Segment& s) {
         const int end_req = pm_min(part->end_req, p.b - 1);
         if (req > end_req) return false;
-        const int len = p.cache_seqlens[req];
+        // All that is read comes first, so that the reads wait for memory together.
+        const int len = p.cache_seqlens[req], first = p.num_splits[req], after = p.num_splits[req + 1];
+        const int last_req = part->end_req, last_block = part->end_block;
         s.bad = len < 0 || i64(len) > i64(p.max_pages_per_seq) * p.page_size;
         s.req = req;
         s.len = s.bad ? 0 : len;
         const int blocks = int((u32(s.len) + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
         // A plan made for longer sequences than these must not reach past the end of one.
-        int end = req == part->end_req ? pm_min(part->end_block, blocks) : blocks;
+        int end = req == last_req ? pm_min(last_block, blocks) : blocks;
         s.begin = next_begin;
         if (end < s.begin) end = s.begin;
-        const int first = p.num_splits[req], splits = p.num_splits[req + 1] - first;
-        s.slot = splits > 1 ? first + next_split : -1;
+        s.slot = after - first > 1 ? first + next_split : -1;
         if (s.slot >= p.slots || s.slot < -1) s.bad = true;
         if (p.fixed_split_blocks > 0 && end - s.begin > p.fixed_split_blocks) {
             next_begin = s.end = s.begin + p.fixed_split_blocks;
@@ -162,6 +163,10 @@ PM_DEV void store_lse(const DecodeParams& p, int req, Row row, float log2_sum) {
 PM_DEV i64 out_offset(const DecodeParams& p, int req, Row row) {
     return i64(req) * p.out_stride_b + i64(row.j) * p.out_stride_s + i64(row.head) * p.out_stride_h;
 }
+
+// The maximum that a row's weights are relative to, base 2. The old one stays until it is exceeded by much: weights of up to
+// 2^8 are as exact as those of up to 1, and O is rarely multiplied by anything.
+PM_DEV float running_maximum(float before, float top) { return top > before + 8.0f ? top : before; }
 
 // Index of row r of a KV head within one slot of the partial buffers.
 PM_DEV i64 partial_row(const DecodeParams& p, int slot, int kv_head, int r) {

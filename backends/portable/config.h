@@ -55,11 +55,9 @@ struct Config {
     static constexpr int PIECES = N / 4 / TPR;      // of 4 scores, of one thread
     static_assert(TPR <= 32 && M * TPR % 32 == 0, "a row's threads are neighbours among 32");
 
-    // Copies: 8 threads a token.
-    static constexpr int TOKENS_A_PASS = DECODE_THREADS / 8;
+    // A stage is copied in one piece, or in two halves.
     static constexpr int HALVES = S_OVERLAY ? 2 : 1;
     static constexpr int HALF = N / HALVES;
-    static constexpr int PASSES = (HALF + TOKENS_A_PASS - 1) / TOKENS_A_PASS;
 
     // Shared memory, in bytes from a 16-byte aligned base.
     static constexpr int STAGE_BYTES = N * DK * 2;
@@ -74,10 +72,14 @@ struct Config {
     static constexpr int s = state + 64;
     static constexpr int total = s + (S_OVERLAY ? 0 : S_BYTES);
     static_assert(!S_OVERLAY || S_BYTES <= STAGE_BYTES / 2, "the scores fit the late half");
-    // The kernel with roles keeps no scores.
-    static constexpr int room = s;                  // f32 [2][M]: maxima and sums of the warps that share rows
-    static constexpr int barriers = room + 2 * M * 4;
-    static constexpr int roles_total = barriers + 64;
+    // The kernel with roles keeps no scores and no limits; each of its two groups has factors of its own.
+    static constexpr int factor_1 = limit;          // f32 [M]: the second group's
+    static constexpr int room = s;                  // f32 [2][M]: maxima
+    static constexpr int sums = room + 2 * M * 4;   // f32 [2][M]: the second group's maxima and sums
+    static constexpr int inverse = sums + 2 * M * 4; // f32 [M]: what O is multiplied by at the end
+    static constexpr int offsets = inverse + M * 4; // i64 [M]: where its rows go
+    static constexpr int barriers = offsets + M * 8;
+    static constexpr int roles_total = barriers + 256;
     static_assert(total <= POLYMLA_SMEM_KIB * 1024, "the class's shared memory");
 };
 

@@ -54,7 +54,7 @@ struct Decoder {
 #pragma unroll 1
         for (int col0 = 0; col0 < C::DK; col0 += C::Q_COLS) {
             if (col0 > 0) pm_sync();
-            load_q<C>(p, s.req, kv_head, row0, col0, smem, p.flags & FLAG_Q_VEC16);
+            load_q<C, DECODE_THREADS>(p, s.req, kv_head, row0, col0, smem, p.flags & FLAG_Q_VEC16);
             pm_copy_commit();
             pm_copy_wait<0>();
             pm_sync();
@@ -122,7 +122,7 @@ struct Decoder {
         }
 #pragma unroll
         for (int lanes = 1; lanes < C::TPR; lanes *= 2) top = pm_max(top, pm_shfl_xor(top, lanes));
-        const float m = pm_max(state.m, top);
+        const float m = running_maximum(state.m, top);
         const float from = m == -pm_inf() ? 0.0f : m;   // no key yet: every x is -infinity and becomes 0
         const float factor = state.m == m ? 1.0f : pm_exp2(state.m - from);
         float sum = 0.0f;
@@ -147,8 +147,7 @@ struct Decoder {
     }
 
     // Multiplies O by the factors of its rows, unless all are 1.
-    static PM_DEV void rescale(const char* smem, Acc (&acc)[C::GROUPS][C::MT][4]) {
-        const float* factor = reinterpret_cast<const float*>(smem + C::factor);
+    static PM_DEV void rescale(const float* factor, Acc (&acc)[C::GROUPS][C::MT][4]) {
         float f[C::MT][Tile::SIZE];     // mostly one value for several i; the compiler sees which
         bool rescale = false;
 #pragma unroll
@@ -171,7 +170,7 @@ struct Decoder {
 
     static PM_DEV void pv(char* smem, const char* stage, Acc (&acc)[C::GROUPS][C::MT][4]) {
         const int warp = pm_thread() / PM_WARP;
-        rescale(smem, acc);
+        rescale(reinterpret_cast<const float*>(smem + C::factor), acc);
         const Swizzled<C::N / 8> weights = {smem + C::p};
         const Swizzled<C::U> value = {const_cast<char*>(stage)};
 #pragma unroll
@@ -183,9 +182,8 @@ struct Decoder {
 
     // Final rows, or the partial ones of a split. `offset` says where each row of the tile begins, -1 for none. `vec`: final
     // rows are aligned, with their elements next to one another.
-    static PM_DEV void store(const DecodeParams& p, bool partial, bool vec, char* smem, const i64* offset,
+    static PM_DEV void store(const DecodeParams& p, bool partial, bool vec, const float* inverse, const i64* offset,
                              const Acc (&acc)[C::GROUPS][C::MT][4]) {
-        const float* inverse = reinterpret_cast<const float*>(smem + C::factor);
         const int warp = pm_thread() / PM_WARP;
         const i64 step = p.out_stride_d;
 #pragma unroll
@@ -225,15 +223,15 @@ struct Decoder {
             }
     }
 
-    // Ends row r of the tile: its lse, where its O goes (-1: nowhere), what O is multiplied by.
-    static PM_DEV void finish_row(const DecodeParams& p, const Segment& s, int kv_head, int row0, int r, int limit, float m,
-                                  float l, char* smem, i64* offset) {
+    // Ends row r of the tile: its lse, where its O goes (-1: nowhere), what O is multiplied by. `bad`: some key was not there.
+    static PM_DEV void finish_row(const DecodeParams& p, const Segment& s, int kv_head, int row0, int r, int limit, bool bad,
+                                  float m, float l, float* inverse, i64* offset) {
         offset[r] = -1;
         if (limit == -2) return;
         const Row row(p, kv_head, row0 + r);
-        const bool invalid = *reinterpret_cast<const int*>(smem + C::bad) != 0 || limit == -1;
+        const bool invalid = bad || limit == -1;
         const bool empty = l == 0.0f;
-        reinterpret_cast<float*>(smem + C::factor)[r] = invalid ? pm_nan() : empty ? 0.0f : 1.0f / l;
+        inverse[r] = invalid ? pm_nan() : empty ? 0.0f : 1.0f / l;
         const float log2_sum = invalid ? pm_nan() : empty ? -pm_inf() : m + pm_log2(l);
         if (s.slot < 0) {
             store_lse(p, s.req, row, log2_sum);
@@ -246,32 +244,37 @@ struct Decoder {
     }
 
     // Keys that row r of the tile sees; -1 invalid, -2 no such row.
-    static PM_DEV void find_limit(const DecodeParams& p, const Segment& s, int row0, int r, char* smem) {
+    static PM_DEV int find_limit(const DecodeParams& p, const Segment& s, int row0, int r) {
         int v = -2;
         if (row0 + r < p.s_q * p.heads_per_kv) v = visible_end(p, s.req, (row0 + r) / p.heads_per_kv, s.len);
         if (v == -1) report(p.status, s.req);
-        reinterpret_cast<int*>(smem + C::limit)[r] = v;
+        return v;
     }
 
     static PM_DEV void segment(const DecodeParams& p, const Segment& s, int kv_head, int row0, char* smem) {
         int* limit = reinterpret_cast<int*>(smem + C::limit);
         int* bad = reinterpret_cast<int*>(smem + C::bad);
         float* scores = reinterpret_cast<float*>(smem + C::s);
-        KvLoader<C> loader;
+        typedef KvLoader<C, DECODE_THREADS> Loader;
+        Loader loader;
+        auto copy = [&](int tile, int half, char* stage) {
+            typename Loader::Found found;
+            loader.find(p, s, kv_head, tile, half, bad, found);
+            Loader::copy(found, half, stage, p.flags & FLAG_KV_VEC16);
+        };
         loader.first = s.begin * BLOCK_TOKENS;
         loader.last = s.bad ? loader.first : int(i64(s.end) * BLOCK_TOKENS < s.len ? s.end * BLOCK_TOKENS : s.len);
         const int tokens = loader.last > loader.first ? loader.last - loader.first : 0;
         const int tiles = int((u32(tokens) + C::N - 1) / C::N);
 
-        for (int r = pm_thread(); r < C::M; r += DECODE_THREADS) find_limit(p, s, row0, r, smem);
+        for (int r = pm_thread(); r < C::M; r += DECODE_THREADS) limit[r] = find_limit(p, s, row0, r);
         if (s.bad) report(p.status, s.req);
-        if (C::Q_COLS == C::DK && tiles > 0) load_q<C>(p, s.req, kv_head, row0, 0, smem, p.flags & FLAG_Q_VEC16);
+        if (C::Q_COLS == C::DK && tiles > 0) load_q<C, DECODE_THREADS>(p, s.req, kv_head, row0, 0, smem, p.flags & FLAG_Q_VEC16);
         loader.look_up(p, s, 0);
 #pragma unroll
         for (int t = 0; t < C::STAGES - 1; ++t) {
             if (t < tiles) {
-                for (int half = 0; half < C::HALVES; ++half)
-                    loader.copy(p, s, kv_head, t, half, smem + C::kv + t * C::STAGE_BYTES, bad, p.flags & FLAG_KV_VEC16);
+                for (int half = 0; half < C::HALVES; ++half) copy(t, half, smem + C::kv + t * C::STAGE_BYTES);
                 loader.look_up(p, s, t + 1);
             }
             pm_copy_commit();
@@ -292,7 +295,7 @@ struct Decoder {
                 pm_sync();              // tile i has landed, P V (i-1) is done
             }
             if (next < tiles) {
-                loader.copy(p, s, kv_head, next, 0, C::STAGES == 1 ? here : free_stage, bad, p.flags & FLAG_KV_VEC16);
+                copy(next, 0, C::STAGES == 1 ? here : free_stage);
                 if (C::HALVES == 1) loader.look_up(p, s, next + 1);
             }
             pm_copy_commit();
@@ -309,7 +312,7 @@ struct Decoder {
             softmax(p, smem, scores, loader.first + i * C::N, state);
             pm_sync();                  // P is there, scores are read
             if (C::HALVES == 2 && next < tiles) {
-                loader.copy(p, s, kv_head, next, 1, free_stage, bad, p.flags & FLAG_KV_VEC16);
+                copy(next, 1, free_stage);
                 loader.look_up(p, s, next + 1);
                 pm_copy_commit();
             }
@@ -320,15 +323,16 @@ struct Decoder {
         pm_copy_wait<0>();
         pm_sync();                      // the last P V has read its factors, Q's room is free
         i64* offset = reinterpret_cast<i64*>(smem + C::q);
+        float* inverse = reinterpret_cast<float*>(smem + C::factor);
         const int r = pm_thread() / C::TPR;
         if (pm_thread() % C::TPR == 0 && r < C::M) {
-            finish_row(p, s, kv_head, row0, r, limit[r], state.m, state.l, smem, offset);
+            finish_row(p, s, kv_head, row0, r, limit[r], *bad != 0, state.m, state.l, inverse, offset);
         }
         pm_sync();
         if (s.slot < 0)
-            store(p, false, p.flags & FLAG_OUT_VEC, smem, offset, acc);
+            store(p, false, p.flags & FLAG_OUT_VEC, inverse, offset, acc);
         else
-            store(p, true, true, smem, offset, acc);
+            store(p, true, true, inverse, offset, acc);
     }
 
     // Kept in shared memory by thread 0: the others have no registers to spare for it.

@@ -84,13 +84,15 @@ struct ScheduleParams {
     i64 max_tokens;             // max_pages_per_seq * page_size: a longer request is invalid and planned as empty
     int b;
     int num_parts;
-    int overhead_blocks;        // balanced policy: what a request costs beyond its blocks
+    int overhead_blocks;        // balanced policy: what a request costs beyond its blocks; negative: the kernel chooses
     int fixed_split_blocks;     // 0, or the batch-invariant split size
+    int merge_cost;             // where it chooses: what merging a split costs, in 1/1024 of a block
+    int padding;
 };
 
 static_assert(sizeof(PartMeta) == 32, "PartMeta is 8 x i32");
 static_assert(sizeof(DecodeParams) == 8 * 35 + 4 * 20, "DecodeParams layout");
-static_assert(sizeof(ScheduleParams) == 56, "ScheduleParams layout");
+static_assert(sizeof(ScheduleParams) == 64, "ScheduleParams layout");
 
 // The value of *status while nothing is wrong; the host writes it before a step.
 constexpr int STATUS_OK = 0x7fffffff;

@@ -23,7 +23,7 @@
 #if defined(PM_ROLES) && POLYMLA_SMEM_KIB >= 227
 // The largest tile, where it fits: matrix work of both products at once.
 #define PM_DECODE_64(NAME, ELEM, DK, DV)                                                                          \
-    PM_GLOBAL(384) NAME(const polymla::DecodeParams p) {                                                          \
+    PM_GLOBAL(512) NAME(const polymla::DecodeParams p) {                                                          \
         PM_SHARED_DYNAMIC(smem);                                                                                  \
         polymla::pm_grid_wait();                                                                                  \
         polymla::pm_grid_release();                                                                               \

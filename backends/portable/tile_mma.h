@@ -41,6 +41,22 @@ struct MmaTile {
             pm_ldmatrix_x4(o.b[n], key.base + (token0 + 16 * n + (l & 7) + (l / 16) * 8) * (UK * 16) +
                                        (((2 * kk + ((l / 8) & 1)) ^ (l & 7)) << 4));
     }
+    // The same for rows of U units that begin at q and key, which step k of a tile is k * 32 bytes behind. `a` and `b` are where
+    // this lane reads; the swizzle is an XOR of their low bits with a constant, where k is one.
+    template <int U>
+    static PM_DEV int a_lane() { return lane() % 16 * (U * 16) + ((lane() / 16) ^ (lane() & 7)) * 16; }
+    template <int U>
+    static PM_DEV int b_lane() {
+        return ((lane() & 7) + lane() / 16 * 8) * (U * 16) + (((lane() / 8) & 1) ^ (lane() & 7)) * 16;
+    }
+    template <int MT, int NT, int U>
+    static PM_DEV void load_step(Operands<MT, NT>& o, const char* q, int a, const char* key, int b, int k) {
+        const int flip = k % 4 * 32, piece = k / 4 * 128;
+#pragma unroll
+        for (int m = 0; m < MT; ++m) pm_ldmatrix_x4(o.a[m], q + (a ^ flip) + (m * 16 * U * 16 + piece));
+#pragma unroll
+        for (int n = 0; n < NT; ++n) pm_ldmatrix_x4(o.b[n], key + (b ^ flip) + (n * 16 * U * 16 + piece));
+    }
     template <int MT, int NT>
     static PM_DEV void multiply(C (&acc)[MT][NT], const Operands<MT, NT>& o) {
 #pragma unroll
@@ -72,6 +88,26 @@ struct MmaTile {
             u32 b[4];
             pm_ldmatrix_x4_trans(b, v.base + (16 * step + l % 16) * (UV * 16) +
                                         (((col0 / 8 + 2 * i + l / 16) ^ (l & 7)) << 4));
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                pm_mma_16816<Elem>(acc[m][i].v, a[m], b);
+                pm_mma_16816<Elem>(acc[m][i].v + 4, a[m], b + 2);
+            }
+        }
+    }
+
+    // One step of pv. `p` and `v` are where this lane reads, in bytes from `base`: the step's place in both, and pv_lane. The
+    // swizzle is an XOR here too.
+    static PM_DEV int pv_lane(int lane, int row_bytes) { return lane % 16 * row_bytes + ((lane / 16) ^ (lane & 7)) * 16; }
+    template <int MT, int UP>
+    static PM_DEV void pv_step(C (&acc)[MT][4], const char* base, int p, int v) {
+        u32 a[MT][4];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) pm_ldmatrix_x4(a[m], base + p + m * 16 * UP * 16);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u32 b[4];
+            pm_ldmatrix_x4_trans(b, base + (v ^ i * 32));
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 pm_mma_16816<Elem>(acc[m][i].v, a[m], b);

@@ -8,7 +8,7 @@
 #define PM_GLOBAL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #define PM_SHARED_DYNAMIC(name) extern __shared__ __attribute__((aligned(128))) char name[]
 
-#include "params.h"
+#include "plain.h"
 
 namespace polymla {
 
@@ -21,13 +21,9 @@ PM_DEV float pm_exp2(float x) { return exp2f(x); }
 PM_DEV float pm_log2(float x) { return log2f(x); }
 
 // ---- conversions, from the formats' definitions: half types differ from vendor to vendor ----------
-union WordBits {
-    float f;
-    u32 u;
-};
 PM_DEV float pm_f16_to_float(u16 x) {
     const u32 exponent = (x >> 10) & 31u, mantissa = x & 1023u;
-    WordBits v;
+    PlainBits v;
     if (exponent == 0)
         v.f = float(int(mantissa)) * 5.9604644775390625e-8f;        // 2^-24
     else
@@ -37,7 +33,7 @@ PM_DEV float pm_f16_to_float(u16 x) {
 }
 // To nearest, ties to even; too large is infinity, NaN stays NaN.
 PM_DEV u16 pm_float_to_f16(float x) {
-    WordBits v;
+    PlainBits v;
     v.f = x;
     const u32 sign = (v.u >> 16) & 0x8000u;
     v.u &= 0x7fffffffu;
@@ -49,27 +45,6 @@ PM_DEV u16 pm_float_to_f16(float x) {
     }
     return u16(sign | ((v.u - 0x38000000u + 0xfffu + ((v.u >> 13) & 1u)) >> 13));
 }
-PM_DEV u32 pm_round_bf16(float x) {
-    WordBits v;
-    v.f = x;
-    return x != x ? (v.u >> 16) | 0x40u : (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
-}
-PM_DEV u32 pm_pack_bf16(float lo, float hi) { return pm_round_bf16(lo) | (pm_round_bf16(hi) << 16); }
-
-// 16 bytes, or zeros where `valid` is false; then `src` is not read. Through registers: complete when the next barrier is.
-struct alignas(16) CopyUnit {
-    u32 w[4];
-};
-PM_DEV void pm_copy16(char* dst, const void* src, bool valid) {
-    CopyUnit x = {{0, 0, 0, 0}};
-    if (valid) x = *static_cast<const CopyUnit*>(src);
-    *reinterpret_cast<CopyUnit*>(dst) = x;
-}
-PM_DEV void pm_copy_commit() {}
-template <int N>
-PM_DEV void pm_copy_wait() {}
-PM_DEV void pm_grid_wait() {}
-PM_DEV void pm_grid_release() {}
 
 }  // namespace polymla
 

@@ -76,10 +76,12 @@ pub(crate) struct ScheduleParams {
     pub(crate) num_parts: i32,
     pub(crate) overhead_blocks: i32,
     pub(crate) fixed_split_blocks: i32,
+    pub(crate) merge_cost: i32,
+    pub(crate) padding: i32,
 }
 
 const _: () = {
     assert!(size_of::<DecodeParams>() == 8 * 35 + 4 * 20);
-    assert!(size_of::<ScheduleParams>() == 56);
+    assert!(size_of::<ScheduleParams>() == 64);
     assert!(size_of::<crate::schedule::PartMetadata>() == 32);
 };

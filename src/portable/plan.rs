@@ -8,7 +8,7 @@ use super::tiles::THREADS;
 use crate::device::{Api, DevicePlan, Function, HostPlan, Launch, Plan, STATUS_OK, Stream, usable_pages_per_seq};
 use crate::error::{MlaError, Result};
 use crate::problem::Problem;
-use crate::schedule::{ScheduleOptions, SplitPolicy};
+use crate::schedule::{DEFAULT_OVERHEAD_BLOCKS, ScheduleOptions, SplitPolicy};
 use crate::tensor::TensorView;
 
 /// Most parts that a caller may ask for.
@@ -27,6 +27,22 @@ const MAX_COMBINE_BLOCKS: u64 = 2048;
 /// What the combine kernel merges for one request, in rows x [`COMBINE_COLUMNS`].
 pub(super) fn combine_units(problem: &Problem) -> u64 {
     (problem.s_q() * problem.h_q()) as u64 * problem.head_dim_v().div_ceil(COMBINE_COLUMNS) as u64
+}
+
+/// The overhead that the schedule kernel is told. Upstream's, the default, leaves it open (-1): the kernel takes the one whose
+/// plan it expects to end first. Any other is taken as it is.
+fn overhead(policy: SplitPolicy) -> i32 {
+    match policy {
+        SplitPolicy::Balanced { overhead_blocks: DEFAULT_OVERHEAD_BLOCKS } => -1,
+        SplitPolicy::Balanced { overhead_blocks } => i32::try_from(overhead_blocks).unwrap_or(i32::MAX),
+        SplitPolicy::BatchInvariant { .. } => 0,
+    }
+}
+
+/// What merging a split costs, in 1/1024 of a block's time. Measured on an H200: 130 splits of 128 rows took 19 us, where a
+/// block took 3.4.
+fn merge_cost(problem: &Problem) -> i32 {
+    i32::try_from((problem.s_q() * problem.h_q()).div_ceil(8).saturating_mul(3)).unwrap_or(i32::MAX)
 }
 
 /// A plan on the device, in upstream's layout, with the status word of the runs that use it.
@@ -64,11 +80,10 @@ impl PortableSchedule {
                 max_tokens: i64::from(usable_pages_per_seq(problem)) * problem.page_size() as i64,
                 b: problem.b() as i32,
                 num_parts: plan.num_parts() as i32,
-                overhead_blocks: match plan.policy() {
-                    SplitPolicy::Balanced { overhead_blocks } => i32::try_from(overhead_blocks).unwrap_or(i32::MAX),
-                    SplitPolicy::BatchInvariant { .. } => 0,
-                },
+                overhead_blocks: overhead(plan.policy()),
                 fixed_split_blocks: plan.fixed_split_blocks(),
+                merge_cost: merge_cost(problem),
+                ..Default::default()
             };
             // It waits for nothing by itself, so it must not start early.
             let launch = Launch::row(kernel, 1, THREADS, false)?;

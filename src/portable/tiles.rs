@@ -6,7 +6,7 @@ use crate::tensor::DType;
 /// Threads of every portable kernel but one.
 pub(crate) const THREADS: u32 = 256;
 /// Threads of the kernel with roles (`decode_roles.h`): the largest tile of the largest class.
-const ROLES_THREADS: u32 = 384;
+const ROLES_THREADS: u32 = 512;
 /// Columns of O that a block of the generic kernel handles.
 const GENERIC_COLUMNS: usize = 4 * THREADS as usize;
 /// At least `sizeof(GenericSmem)`; `COMBINE_SMEM`, `SCHEDULE_SMEM`.

@@ -11,14 +11,35 @@ PM_DEV void pm_copy_wait() {
     simt::copy_wait(N);
 }
 
-// Named barriers, and barriers in shared memory that copies arrive on.
+// Barriers in shared memory that warps and copies arrive on.
 #define PM_ROLES 1
-PM_DEV void pm_more_registers() {}
-PM_DEV void pm_fewer_registers() {}
-PM_DEV void pm_bar_sync(int id, int threads) { simt::named_barrier(id, threads, true, __FILE__, __LINE__); }
-PM_DEV void pm_bar_arrive(int id, int threads) { simt::named_barrier(id, threads, false, __FILE__, __LINE__); }
+PM_DEV void pm_registers_pv() {}
+PM_DEV void pm_registers_qk() {}
+PM_DEV void pm_registers_copy() {}
+// Reads, so that a checker of memory sees an address that must not be read.
+PM_DEV void pm_prefetch(const void* at) { (void)*static_cast<const volatile char*>(at); }
+PM_DEV int pm_thread_again() { return simt::thread(); }
+template <class T>
+struct ShflLane {
+    T x, y;
+    int from;
+};
+template <class T>
+PM_DEV void shfl(void** records) {
+    for (int l = 0; l < 32; ++l) {
+        ShflLane<T>& lane = *static_cast<ShflLane<T>*>(records[l]);
+        lane.y = static_cast<ShflLane<T>*>(records[lane.from])->x;
+    }
+}
+template <class T>
+PM_DEV T pm_shfl(T x, int lane) {
+    ShflLane<T> mine = {x, x, lane};
+    simt::collective(32, shfl<T>, &mine, __FILE__, __LINE__);
+    return mine.y;
+}
 PM_DEV void pm_mbar_init(char* at, int arrivals) { simt::phase_init(at, arrivals); }
-PM_DEV void pm_copy_arrive(char* at) { simt::phase_arrive(at, __FILE__, __LINE__); }
+PM_DEV void pm_mbar_arrive(char* at) { simt::phase_arrive(at, false, __FILE__, __LINE__); }
+PM_DEV void pm_copy_arrive(char* at) { simt::phase_arrive(at, true, __FILE__, __LINE__); }
 PM_DEV void pm_mbar_wait(char* at, u32 parity) { simt::phase_wait(at, parity, __FILE__, __LINE__); }
 
 // Lane 8 i + r gives the address of row r of matrix i, 8 elements. Lane l receives of each matrix elements 2 (l % 4) and

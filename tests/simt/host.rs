@@ -68,8 +68,10 @@ pub struct ScheduleParams {
     pub num_parts: i32,
     pub overhead_blocks: i32,
     pub fixed_split_blocks: i32,
+    pub merge_cost: i32,
+    pub padding: i32,
 }
-const _: () = assert!(size_of::<ScheduleParams>() == 56);
+const _: () = assert!(size_of::<ScheduleParams>() == 64);
 
 /// What the status word holds while nothing is wrong.
 pub const STATUS_OK: i32 = i32::MAX;
@@ -128,6 +130,23 @@ impl SimtBackend {
 
     /// Plans with the schedule kernel. Lengths may be invalid: that is its to find.
     pub fn plan(&self, lens: &[i32], max_tokens: u64, num_parts: usize, policy: SplitPolicy) -> DeviceSchedule {
+        let overhead = match policy {
+            SplitPolicy::Balanced { overhead_blocks } => overhead_blocks as i32,
+            SplitPolicy::BatchInvariant { .. } => 0,
+        };
+        self.plan_with(lens, max_tokens, num_parts, policy, overhead, 0)
+    }
+
+    /// As `plan`, with the overhead and the cost of a merge that the kernel is told.
+    pub fn plan_with(
+        &self,
+        lens: &[i32],
+        max_tokens: u64,
+        num_parts: usize,
+        policy: SplitPolicy,
+        overhead_blocks: i32,
+        merge_cost: i32,
+    ) -> DeviceSchedule {
         let mut parts = vec![PartMetadata::default(); num_parts];
         let mut num_splits = vec![-1i32; lens.len() + 1];
         let mut status = STATUS_OK;
@@ -139,11 +158,10 @@ impl SimtBackend {
             max_tokens: i64::try_from(max_tokens).unwrap_or(i64::MAX),
             b: lens.len() as i32,
             num_parts: num_parts as i32,
-            overhead_blocks: match policy {
-                SplitPolicy::Balanced { overhead_blocks } => overhead_blocks as i32,
-                SplitPolicy::BatchInvariant { .. } => 0,
-            },
+            overhead_blocks,
             fixed_split_blocks: fixed(policy),
+            merge_cost,
+            padding: 0,
         };
         // SAFETY: the vectors have the lengths that the kernel writes.
         unsafe { self.kernels.launch("polymla_schedule", 1, 256 * 8 + 1024 * 4, &params, self.seed) };

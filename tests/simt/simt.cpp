@@ -40,12 +40,6 @@ struct Meeting {
     std::vector<int> lanes;
 };
 
-// Threads that arrived at a named barrier, and those of them that wait.
-struct Named {
-    int threads = 0, arrived = 0;
-    std::vector<int> waiting;
-};
-
 struct Phase {
     int arrivals = 0, arrived = 0;
     unsigned parity = 0;
@@ -61,7 +55,6 @@ struct Block {
     std::vector<int> ready;
     Meeting barrier;
     std::vector<Meeting> halves, warps;     // groups of 32 lanes, and of more
-    std::map<int, Named> named;
     std::map<char*, Phase> phases;
     std::vector<char> memory;
     char* shared = nullptr;
@@ -121,7 +114,6 @@ bool arrive(Meeting& m, int expected, Op op, void* mine, int slot, const char* f
 void run_block(Block& b) {
     b.finished = 0;
     b.ready.clear();
-    b.named.clear();
     b.phases.clear();
     const int n = int(b.launch->threads);
     for (int i = 0; i < n; ++i) {
@@ -201,23 +193,6 @@ void land(const std::vector<Copy>& copies) {
     }
 }
 
-void named_barrier(int id, int threads, bool wait, const char* file, int line) {
-    Block& b = *here;
-    Named& n = b.named[id];
-    if (n.arrived > 0 && n.threads != threads) die("a named barrier of different sizes", file, line);
-    for (int other : n.waiting)
-        if (other == b.current) die("a thread arrives twice at a named barrier", file, line);
-    n.threads = threads;
-    if (++n.arrived == threads) {
-        n.arrived = 0;
-        for (int other : n.waiting) b.ready.push_back(other);
-        n.waiting.clear();
-    } else if (wait) {
-        n.waiting.push_back(b.current);
-        leave();
-    }
-}
-
 void phase_init(char* at, int arrivals) {
     if (here->phases.count(at)) die("a phase barrier is initialised twice", "?", 0);
     here->phases[at].arrivals = arrivals;
@@ -229,10 +204,11 @@ Phase& phase(char* at, const char* file, int line) {
     return found->second;
 }
 
-void phase_arrive(char* at, const char* file, int line) {
+void phase_arrive(char* at, bool copies, const char* file, int line) {
     Block& b = *here;
     Phase& p = phase(at, file, line);
     for (auto& group : b.fibers[b.current].groups) {
+        if (!copies) break;
         p.copies.insert(p.copies.end(), group.begin(), group.end());
         group.clear();
     }

@@ -25,13 +25,10 @@ void barrier(const char* file, int line);
 typedef void (*Op)(void** lanes);
 void collective(int width, Op op, void* mine, const char* file, int line);
 
-// A barrier of its own: `threads` threads, some of which only arrive. They may come from different places.
-void named_barrier(int id, int threads, bool wait, const char* file, int line);
-
 // A barrier in shared memory whose phases complete by `arrivals` arrivals each; 8 bytes stand for it. The copies of
-// the threads that arrive land when the phase completes, not before.
+// the threads that arrive with theirs (`copies`) land when the phase completes, not before.
 void phase_init(char* at, int arrivals);
-void phase_arrive(char* at, const char* file, int line);
+void phase_arrive(char* at, bool copies, const char* file, int line);
 void phase_wait(char* at, unsigned parity, const char* file, int line);
 
 // 16 bytes from `src`, or zeros.
