@@ -20,6 +20,10 @@ static void __syncthreads() {}
 static float __shfl_xor(float x, int, int) { return x; }
 static float __shfl_xor_sync(unsigned, float x, int, int) { return x; }
 static int atomicMin(int* at, int x) { return *at < x ? *at : *at = x; }
+typedef unsigned MmaWords __attribute__((vector_size(8)));
+typedef float MmaFloats __attribute__((vector_size(16)));
+static MmaFloats __builtin_mxc_mma_16x16x16f16(MmaWords, MmaWords, MmaFloats c) { return c; }
+static MmaFloats __builtin_mxc_mma_16x16x16bf16(MmaWords, MmaWords, MmaFloats c) { return c; }
 ";
 
 /// Every architecture that a vendor of this build is asked for, and its tile class.
@@ -48,20 +52,29 @@ fn the_source_stands_alone_and_compiles() {
             assert!(name.starts_with(&format!("{vendor}-")) && name.contains(&format!("-{arch}-{class}k.")), "{name}");
             let defines: Vec<_> = options.iter().filter(|o| o.starts_with("-D") || o.starts_with("-std")).collect();
             assert!(defines.iter().any(|d| **d == format!("-DPOLYMLA_SMEM_KIB={class}")), "{defines:?}");
-            let mut child = Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()))
-                .args(["-fsyntax-only", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"])
-                .args(&defines)
-                .args(["-x", "c++", "-"])
-                .stdin(Stdio::piped())
-                .stderr(Stdio::piped())
-                .spawn()
-                .expect("a C++ compiler is needed: CXX, or c++");
-            let text = format!("{WORDS}\n{}", source.text);
-            child.stdin.take().expect("piped").write_all(text.as_bytes()).expect("the compiler reads");
-            let output = child.wait_with_output().expect("the compiler ends");
-            assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+            compiles(name, &source.text, &defines, None);
+            if vendor == "maca" {
+                compiles(name, &source.text, &defines, Some("-DPOLYMLA_MXC_MMA"));
+            }
         }
     }
+}
+
+/// Has a C++ compiler read the source, with one more define.
+fn compiles(name: &str, source: &str, defines: &[&String], more: Option<&str>) {
+    let mut child = Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()))
+        .args(["-fsyntax-only", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"])
+        .args(defines)
+        .args(more)
+        .args(["-x", "c++", "-"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("a C++ compiler is needed: CXX, or c++");
+    let text = format!("{WORDS}\n{source}");
+    child.stdin.take().expect("piped").write_all(text.as_bytes()).expect("the compiler reads");
+    let output = child.wait_with_output().expect("the compiler ends");
+    assert!(output.status.success(), "{name} {more:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 // The words of a dialect in plain CUDA C++, for compilers that follow it and have instructions of their own: no inline
-// assembly, no vendor header. Included by backends/{musa,maca,corex}/dialect.h, which define PM_WARP and PM_SHFL_XOR.
+// assembly, no vendor header. Included by backends/{musa,maca,corex}/dialect.h, which define PM_WARP and PM_SHFL_XOR, and
+// PM_OWN_TILE where they have a matrix unit's.
 //
 // common.h says what each of these names has to do.
 #pragma once
@@ -48,5 +49,7 @@ PM_DEV u16 pm_float_to_f16(float x) {
 
 }  // namespace polymla
 
+#ifndef PM_OWN_TILE
 #include "tile_fma.h"
 #define PM_TILE FmaTile
+#endif
