@@ -34,7 +34,7 @@ const NOWHERE: u32 = 0xffffffffu;       // the offset of what is not to be read
 var<workgroup> q_nope_rows: array<u32, ROWS>;           // where the tile's query rows are
 var<workgroup> q_pe_rows: array<u32, ROWS>;
 var<workgroup> ends: array<u32, ROWS>;                  // keys that each row sees
-var<workgroup> last_end: u32;                           // the largest of `ends`
+var<workgroup> last_end: array<u32, 4>;                 // in its first element, the largest of `ends`
 
 // What a row of the partial results needs beside its accumulators: weights are exp2(score - top + WEIGHT_SHIFT); the
 // sum that the accumulators are divided by; the sum for lse.
@@ -72,9 +72,9 @@ fn load_rows(request: u32, tile: u32, thread: u32) -> u32 {
         for (var r = 0u; r < ROWS; r += 1u) {
             last = max(last, ends[r]);
         }
-        last_end = last;
+        last_end[0] = last;
     }
-    return workgroupUniformLoad(&last_end);
+    return workgroupUniformLoad(&last_end[0]);
 }
 
 @compute @workgroup_size(THREADS)

@@ -3,7 +3,18 @@
 // WGSL has no bf16, and f16 only as an extension: both travel as pairs in 32-bit words. bf16 is the upper half of an
 // f32.
 
-//#if F32
+//#if COOPERATIVE_MATRIX
+// Eight at a time.
+@group(0) @binding(1) var<storage, read> q_nope: array<vec4<u32>>;
+@group(0) @binding(2) var<storage, read> q_pe: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> ckv: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> kpe: array<vec4<u32>>;
+
+// Both elements of a word, for matrices, which are of f16.
+fn halves(word: u32) -> vec2<f16> {
+    return vec2<f16>(unpack2x16float(word));
+}
+//#elif F32
 @group(0) @binding(1) var<storage, read> q_nope: array<f32>;
 @group(0) @binding(2) var<storage, read> q_pe: array<f32>;
 @group(0) @binding(3) var<storage, read> ckv: array<f32>;

@@ -1,92 +1,136 @@
 // A split by cooperative matrices: 16 x 16, f16 x f16 -> f32, each held by the 32 invocations of a subgroup together.
 //
-// Tile      ROWS (32 or 64) query rows of one KV head x 32 tokens x 512 columns of V: 256 invocations, 8 subgroups.
-// Step      for 32 tokens, which are two groups of 16 neighbours in a page:
-//             1. scores: every subgroup multiplies 32 rows with all 32 tokens over its share of head_dim_k's columns
-//                and leaves the sums in shared memory
-//             2. softmax: the shares added up; weights, as f16, to shared memory
-//             3. out += weights x V: every subgroup has 64 columns of all rows in matrices
+// Tile      ROWS (16, 32 or 64) query rows of one KV head x 32 tokens x all columns: 256 invocations, 8 subgroups.
+// Memory    A step's 32 keys lie in shared memory, from where both products read them: global memory is read once, 16
+//           bytes an invocation. Queries stay in matrices for the whole split, sums too.
+// Step      for 32 tokens:
+//             1. keys -> shared memory; where the next step's keys are
+//             2. scores: a subgroup multiplies 16 rows with 16 tokens (32 tokens where ROWS is 64) over its share of
+//                head_dim_k's columns and leaves the sums in shared memory
+//             3. the next step's keys are asked for, into registers
+//             4. softmax: the shares added up; weights, as f16, to shared memory, beside the keys
+//             5. out += weights x V: every subgroup has 64 columns of all rows in matrices
 // Softmax   Matrices cannot be scaled row by row where they are. Weights are therefore relative to a reference that
 //           follows the maximum only when that has risen by more than 2^8; then, rarely, matrices go through shared
 //           memory. Weights up to 2^8 are as precise in f16 as those up to 1.
-// Needs     what the host checks: f16; columns, heads of a KV head and page size multiples of 16; rows of tensors that
-//           begin at multiples of 8 elements.
+// Needs     what the host checks: f16; no more columns than below, in multiples of 8; rows of tensors that begin at
+//           multiples of 8 elements.
 
-//#if EMULATED
-const SUBGROUP_COUNT: u32 = 4;                  // less of everything, to fit smaller memories
-const COLUMNS: u32 = 64;
+//#if SUBGROUPS_4
+const SUBGROUP_COUNT: u32 = 4;
 //#else
 const SUBGROUP_COUNT: u32 = 8;
-const COLUMNS: u32 = 512;                       // of V, a workgroup
 //#endif
 const THREADS: u32 = SUBGROUP_COUNT * 32u;
 const TOKENS: u32 = 32;
-const LANES: u32 = THREADS / ROWS;              // invocations that share a row's scores
+//#if EMULATED
+const K_COLUMNS: u32 = 192;                     // less of everything, to fit smaller memories
+const COLUMNS: u32 = 128;
+//#else
+const K_COLUMNS: u32 = 576;                     // of head_dim_k, at most
+const COLUMNS: u32 = 512;                       // of head_dim_v, at most
+//#endif
+// A token's columns in shared memory; behind them, 32 weights of row t and of row 32 + t in line t. 16 bytes more than a multiple of
+// 128, so that a matrix's rows begin in different banks.
+const WEIGHTS_AT: u32 = COLUMNS;
+const PITCH: u32 = COLUMNS + 72u;
+const SUBGROUP_TOKENS: u32 = TOKENS / SUBGROUP_COUNT;   // that a subgroup copies
+const VECTORS: u32 = K_COLUMNS / 8u;            // of 16 bytes, a token
+const LANES: u32 = min(THREADS / ROWS, 8u);     // invocations that share a row's scores, of one subgroup anywhere
 const TOKENS_PER_LANE: u32 = TOKENS / LANES;
-const SHARES: u32 = THREADS / ROWS;             // subgroups that share the columns of 32 rows' scores
-const UNROLLED: u32 = 2;                        // matrices of a row of Q, or of keys, loaded at a time
 const MAX_RISE: f32 = 8.0;
 
-var<workgroup> shares: array<f32, SUBGROUP_COUNT * 1024>;       // for each subgroup 32 rows x 32 tokens
-var<workgroup> weights: array<f16, ROWS * TOKENS>;
-var<workgroup> tail: array<f16, SUBGROUP_COUNT * 256>;          // for each subgroup 16 tokens x 16 columns
+// Which 16 rows, which 16 tokens and which share of the columns a subgroup multiplies for scores.
+//#if ROWS_64
+const SHARES: u32 = 2;                          // added up before they are stored: memory is for one
+const STORED_SHARES: u32 = 1;
+//#elif ROWS_32
+const SHARES: u32 = 2;
+const STORED_SHARES: u32 = 2;
+//#else
+const SHARES: u32 = 4;
+const STORED_SHARES: u32 = 4;
+//#endif
+const ROW_TILES: u32 = ROWS / 16u;
+const TOKENS_APART: u32 = SUBGROUP_COUNT / (ROW_TILES * SHARES);     // 1 where a subgroup has both groups of 16 tokens
+const SHARE_COLUMNS: u32 = K_COLUMNS / SHARES;
+const SHARE_PITCH: u32 = TOKENS + 4u;           // again so that rows begin in different banks
+
+// Matrices go to and from memory that begins at a multiple of 16 bytes: nothing here or in decode.wgsl has a size that
+// is not one, so that the order in which a driver lays it out does not matter.
+var<workgroup> keys: array<vec4<f16>, TOKENS * PITCH / 4u>;
+// STORED_SHARES x ROWS x TOKENS; or 16 x 16 for each subgroup.
+var<workgroup> shares: array<vec4<f32>, 64u * SHARE_PITCH / 4u>;
 var<workgroup> factors: array<f32, ROWS>;
-var<workgroup> risen: u32;                      // the last step, plus 1, in which a reference had to follow
+var<workgroup> risen: array<u32, 4>;            // the last step, plus 1, in which a reference had to follow
+// Where the tokens of this step and of the next are, in units of 16 bytes, and whether they are there: all bits or none.
+var<workgroup> ckv_tokens: array<u32, 64>;
+var<workgroup> kpe_tokens: array<u32, 64>;
+var<workgroup> present: array<u32, 64>;
 
 //#if EMULATED
-// For tests, on adapters without such matrices. What is multiplied stays in memory: a matrix is where it lies. Of what
-// is added up, every invocation holds 8 elements.
+// For tests, on adapters without such matrices. A factor is where it lies: in shared memory, or, of queries, in copies
+// of the rows that an invocation needs. Invocation i has column i % 16 of a sum, in rows i / 16, i / 16 + 2, ..
 struct InMemory {
-    source: u32,
     at: u32,
     row_pitch: u32,
     column_pitch: u32,
+    copied: bool,
 }
 alias MatrixA = InMemory;
 alias MatrixB = InMemory;
 alias MatrixC = array<f32, 8>;
 
 var<private> invocation: u32;                   // of the subgroup
+var<private> copies: array<f32, 768>;           // 8 rows x 16 columns for each of QUERY_TILES
 
-fn element(m: InMemory, row: u32, column: u32) -> f32 {
-    let i = m.at + row * m.row_pitch + column * m.column_pitch;
-    switch m.source {
-        case 0u: { return q_nope_at(i); }
-        case 1u: { return q_pe_at(i); }
-        case 2u: { return ckv_at(i); }
-        case 3u: { return kpe_at(i); }
-        case 4u: { return f32(weights[i]); }
-        default: { return f32(tail[i]); }
+fn key(i: u32) -> f32 { return f32(keys[i / 4u][i % 4u]); }
+fn load_queries(at: u32, q: u32) -> MatrixA {
+    for (var i = params.padding_1; i < 128u; i += 1u) {
+        copies[q * 128u + i] = key(at + (invocation / 16u + i / 16u * 2u) * PITCH + i % 16u);
     }
+    return InMemory(q * 128u, 16u, 1u, true);
 }
+fn load_weights(at: u32) -> MatrixA { return InMemory(at, PITCH, 1u, false); }
+fn load_keys(at: u32) -> MatrixB { return InMemory(at, 1u, PITCH, false); }
+fn load_values(at: u32) -> MatrixB { return InMemory(at, PITCH, 1u, false); }
 fn multiply_add(a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC {
     var sum = c;
-    for (var e = 0u; e < 8u; e += 1u) {
-        let i = invocation + e * 32u;
-        for (var k = 0u; k < 16u; k += 1u) {
-            sum[e] += element(a, i / 16u, k) * element(b, k, i % 16u);
+    for (var e = params.padding_1; e < 8u; e += 1u) {
+        for (var k = params.padding_1; k < 16u; k += 1u) {
+            var x: f32;
+            if a.copied {
+                x = copies[a.at + e * a.row_pitch + k];
+            } else {
+                x = key(a.at + (invocation / 16u + e * 2u) * a.row_pitch + k * a.column_pitch);
+            }
+            sum[e] += x * key(b.at + k * b.row_pitch + invocation % 16u * b.column_pitch);
         }
     }
     return sum;
 }
-fn load_q_nope(at: u32, pitch: u32) -> MatrixA { return InMemory(0u, at, pitch, 1u); }
-fn load_q_pe(at: u32, pitch: u32) -> MatrixA { return InMemory(1u, at, pitch, 1u); }
-fn load_weights(at: u32) -> MatrixA { return InMemory(4u, at, TOKENS, 1u); }
-fn load_keys_nope(at: u32, pitch: u32) -> MatrixB { return InMemory(2u, at, 1u, pitch); }
-fn load_keys_pe(at: u32, pitch: u32) -> MatrixB { return InMemory(3u, at, 1u, pitch); }
-fn load_values(at: u32, pitch: u32) -> MatrixB { return InMemory(2u, at, pitch, 1u); }
-fn load_tail(at: u32) -> MatrixB { return InMemory(5u, at, 16u, 1u); }
+fn plus(a: MatrixC, b: MatrixC) -> MatrixC {
+    var x = a;
+    var y = b;
+    for (var e = 0u; e < 8u; e += 1u) {
+        x[e] += y[e];
+    }
+    return x;
+}
 fn store_share(m: MatrixC, at: u32, pitch: u32) {
     var x = m;
     for (var e = 0u; e < 8u; e += 1u) {
         let i = invocation + e * 32u;
-        shares[at + i / 16u * pitch + i % 16u] = x[e];
+        let to = at + i / 16u * pitch + i % 16u;
+        shares[to / 4u][to % 4u] = x[e];
     }
 }
-fn load_share(at: u32) -> MatrixC {
+fn load_share(at: u32, pitch: u32) -> MatrixC {
     var m: MatrixC;
     for (var e = 0u; e < 8u; e += 1u) {
-        m[e] = shares[at + invocation + e * 32u];
+        let i = invocation + e * 32u;
+        let source = at + i / 16u * pitch + i % 16u;
+        m[e] = shares[source / 4u][source % 4u];
     }
     return m;
 }
@@ -102,40 +146,114 @@ alias MatrixA = coop_mat16x16<f16, A>;
 alias MatrixB = coop_mat16x16<f16, B>;
 alias MatrixC = coop_mat16x16<f32, C>;
 
-// Rows of a matrix are `pitch` elements apart (coopLoadT); a tile of keys is a matrix of columns (coopLoad).
+// Rows of a matrix are a pitch apart (coopLoadT), or its columns (coopLoad). Pitches count what memory has been declared
+// as an array of.
+fn load_queries(at: u32, q: u32) -> MatrixA { return coopLoadT<MatrixA>(&keys[at / 4u], PITCH / 4u); }
+fn load_weights(at: u32) -> MatrixA { return coopLoadT<MatrixA>(&keys[at / 4u], PITCH / 4u); }
+fn load_keys(at: u32) -> MatrixB { return coopLoad<MatrixB>(&keys[at / 4u], PITCH / 4u); }
+fn load_values(at: u32) -> MatrixB { return coopLoadT<MatrixB>(&keys[at / 4u], PITCH / 4u); }
 fn multiply_add(a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC { return coopMultiplyAdd(a, b, c); }
-fn load_q_nope(at: u32, pitch: u32) -> MatrixA { return coopLoadT<MatrixA>(&q_nope[at], pitch); }
-fn load_q_pe(at: u32, pitch: u32) -> MatrixA { return coopLoadT<MatrixA>(&q_pe[at], pitch); }
-fn load_weights(at: u32) -> MatrixA { return coopLoadT<MatrixA>(&weights[at], TOKENS); }
-fn load_keys_nope(at: u32, pitch: u32) -> MatrixB { return coopLoad<MatrixB>(&ckv[at], pitch); }
-fn load_keys_pe(at: u32, pitch: u32) -> MatrixB { return coopLoad<MatrixB>(&kpe[at], pitch); }
-fn load_values(at: u32, pitch: u32) -> MatrixB { return coopLoadT<MatrixB>(&ckv[at], pitch); }
-fn load_tail(at: u32) -> MatrixB { return coopLoadT<MatrixB>(&tail[at], 16u); }
-fn store_share(m: MatrixC, at: u32, pitch: u32) { coopStoreT(m, &shares[at], pitch); }
-fn load_share(at: u32) -> MatrixC { return coopLoadT<MatrixC>(&shares[at], 16u); }
+fn plus(a: MatrixC, b: MatrixC) -> MatrixC { return a + b; }
+// naga 30 needs what a matrix is stored with to have been computed before.
+fn store_share(m: MatrixC, at: u32, pitch: u32) {
+    let to = at / 4u;
+    let vectors = pitch / 4u;
+    coopStoreT(m, &shares[to], vectors);
+}
+fn load_share(at: u32, pitch: u32) -> MatrixC { return coopLoadT<MatrixC>(&shares[at / 4u], pitch / 4u); }
 fn store_accumulators(m: MatrixC, at: u32) {
-    let pitch = params.head_dim_v;              // naga 30 needs what is stored with to have been computed before
+    let pitch = params.head_dim_v;
     coopStoreT(m, &workspace[at], pitch);
 }
 //#endif
 
-// Where a group of 16 tokens lies: offsets of its first token, or NOWHERE.
-struct Group {
-    ckv: u32,
-    kpe: u32,
+// The page of a token, in this window or beyond.
+fn page_of(table_row: u32, token: u32) -> u32 {
+    return u32(block_table[table_row + token / params.page_size]) - params.first_page;
 }
 
-fn group_of(table_row: u32, token: u32, end: u32, kv_head: u32) -> Group {
-    if token >= end {
-        return Group(NOWHERE, NOWHERE);
+// The first step from `first` on that has anything in this window of pages.
+fn seek(table_row: u32, first: u32, end: u32) -> u32 {
+    var step = first;
+    if params.windows > 1u && params.page_size % TOKENS == 0u {
+        while step < end && page_of(table_row, step) >= params.window_pages {
+            step += TOKENS;
+        }
     }
-    let page = u32(block_table[table_row + token / params.page_size]) - params.first_page;
-    if page >= params.window_pages {
-        return Group(NOWHERE, NOWHERE);
-    }
+    return step;
+}
+
+// Where a token is: to slot `slot` of the offsets. Of what is not to be read the first of all is, and discarded.
+fn locate(page: u32, token: u32, end: u32, kv_head: u32, slot: u32) {
     let in_page = token % params.page_size;
-    return Group(params.ckv.x + page * params.ckv.y + in_page * params.ckv.z + kv_head * params.ckv.w,
-                 params.kpe.x + page * params.kpe.y + in_page * params.kpe.z + kv_head * params.kpe.w);
+    let exists = token < end && page < params.window_pages;
+    let ckv_at = params.ckv.x + page * params.ckv.y + in_page * params.ckv.z + kv_head * params.ckv.w;
+    let kpe_at = params.kpe.x + page * params.kpe.y + in_page * params.kpe.z + kv_head * params.kpe.w;
+    ckv_tokens[slot] = select(0u, ckv_at / 8u, exists);
+    kpe_tokens[slot] = select(0u, kpe_at / 8u, exists);
+    present[slot] = select(0u, 0xffffffffu, exists);
+}
+
+// A subgroup copies some tokens, an invocation LOADS vectors of 16 bytes: load `n` is of this token and this vector of it.
+struct Vector {
+    token: u32,
+    vector: u32,
+}
+fn vector_of(n: u32, subgroup: u32, invocation: u32) -> Vector {
+//#if EMULATED
+    let i = n * 32u + invocation;
+    return Vector(subgroup * SUBGROUP_TOKENS + i / VECTORS, i % VECTORS);
+//#else
+    // Two loads for the first 512 columns of each token, and one for what is left of four.
+    if n < SUBGROUP_TOKENS * 2u {
+        return Vector(subgroup * SUBGROUP_TOKENS + n / 2u, n % 2u * 32u + invocation);
+    }
+    return Vector(subgroup * SUBGROUP_TOKENS + (n - SUBGROUP_TOKENS * 2u) * 4u + invocation / 8u, 64u + invocation % 8u);
+//#endif
+}
+
+// 16 bytes of a key, or of a query row; beyond head_dim_k 0.
+fn key_vector(n: u32, half: u32, place: Vector) -> vec4<u32> {
+    let slot = half + place.token;
+//#if FULL
+//#if EMULATED
+    let in_v = place.vector < COLUMNS / 8u;
+//#else
+    let in_v = n < SUBGROUP_TOKENS * 2u;
+//#endif
+    if in_v {
+        return ckv[ckv_tokens[slot] + place.vector];
+    }
+    return kpe[kpe_tokens[slot] + place.vector - COLUMNS / 8u];
+//#else
+    let column = place.vector * 8u;
+    if column < params.head_dim_v {
+        return ckv[ckv_tokens[slot] + place.vector];
+    }
+    if column < params.head_dim_k {
+        return kpe[kpe_tokens[slot] + (column - params.head_dim_v) / 8u];
+    }
+    return vec4<u32>(0u);
+//#endif
+}
+fn query_vector(row: u32, vector: u32) -> vec4<u32> {
+    let at = q_nope_rows[row];
+    let column = vector * 8u;
+    if at == NOWHERE || column >= params.head_dim_k {
+        return vec4<u32>(0u);
+    }
+    if column < params.head_dim_v {
+        return q_nope[(at + column) / 8u];
+    }
+    return q_pe[(q_pe_rows[row] + column - params.head_dim_v) / 8u];
+}
+fn store_vector(row: u32, vector: u32, v: vec4<u32>) {
+    let at = row * (PITCH / 4u) + vector * 2u;
+    keys[at] = vec4<f16>(halves(v.x), halves(v.y));
+    keys[at + 1u] = vec4<f16>(halves(v.z), halves(v.w));
+}
+fn store_key(half: u32, place: Vector, v: vec4<u32>) {
+    store_vector(place.token, place.vector, v & vec4<u32>(present[half + place.token]));
 }
 
 // The sum of `value`, or its maximum, over the lanes of a row, which are neighbours.
@@ -156,7 +274,8 @@ fn row_max(value: f32) -> f32 {
 
 // Tokens [begin, end) of a request, for one row tile; the result goes to row `slot` of the partial results.
 fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice: u32, thread: u32) {
-    let row = thread / LANES;
+    let row = thread / LANES % ROWS;    // for softmax, and whether there is one
+    let has_row = thread / LANES < ROWS;
     let lane = thread % LANES;
     let subgroup = thread / 32u;
 //#if EMULATED
@@ -164,15 +283,29 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 //#endif
     let kv_head = row_of(tile, 0u).kv_head;
     let table_row = params.block_table.x + request * params.block_table.y;
-    let column = slice * COLUMNS + subgroup * (COLUMNS / SUBGROUP_COUNT);      // the subgroup's first column of V
+    let column = subgroup * (COLUMNS / SUBGROUP_COUNT);     // the subgroup's first column of V
 
-    // The subgroup's 32 rows for scores, as two groups of 16. Of a group that does not exist the first is read again:
-    // rows do not mix, and these are never combined.
-    let row_half = subgroup / SHARES;
-    let share = subgroup % SHARES;
-    let first_row = row_half * 32u;
-    let first_a = select(first_row, 0u, q_nope_rows[first_row] == NOWHERE);
-    let first_b = select(first_row + 16u, first_a, q_nope_rows[first_row + 16u] == NOWHERE);
+    let row_tile = subgroup % ROW_TILES;
+    let token_tile = subgroup / ROW_TILES % TOKENS_APART;
+    let share = subgroup / (ROW_TILES * TOKENS_APART);
+
+    // Queries, by way of the memory that keys will have: 32 rows at a time.
+//#for q QUERY_TILES
+    var q_$q: MatrixA;
+//#endfor
+    for (var first = 0u; first < ROWS; first += 32u) {
+        workgroupBarrier();
+        for (var n = thread; n < min(ROWS, 32u) * VECTORS; n += THREADS) {
+            store_vector(n / VECTORS, n % VECTORS, query_vector(first + n / VECTORS, n % VECTORS));
+        }
+        workgroupBarrier();
+        if row_tile / 2u == first / 32u {
+            let at = row_tile % 2u * 16u * PITCH + share * SHARE_COLUMNS;
+//#for q QUERY_TILES
+            q_$q = load_queries(at + $qu * 16u, $qu);
+//#endfor
+        }
+    }
 
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
@@ -183,178 +316,198 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     var top = LOWEST;                   // the row's reference, in powers of two
     var sum = 0.0;                      // this lane's share of the row's sum of weights as they are multiplied
     var lse_sum = 0.0;                  // and as they were before they were rounded
+    if thread == 0u {
+        risen[0] = 0u;
+    }
 
-    for (var step = begin; step < end; step += TOKENS) {
-        var group_0 = group_of(table_row, step, end, kv_head);
-        var group_1 = group_of(table_row, step + 16u, end, kv_head);
-        if group_0.ckv == NOWHERE && group_1.ckv == NOWHERE {
-            continue;                   // the whole step is in other windows
+    var step = seek(table_row, begin, end);
+    var next_step = seek(table_row, step + TOKENS, end);
+    var here = 0u;                      // the half of the offsets that is this step's
+    var next_page = NOWHERE;            // of invocation t: the page of token t of the next step
+    if thread < TOKENS {
+        var page = NOWHERE;
+        if step + thread < end {
+            page = page_of(table_row, step + thread);
         }
-        // Of a group that is nowhere the other one is read: its scores are masked.
-        let keys_0 = Group(select(group_0.ckv, group_1.ckv, group_0.ckv == NOWHERE),
-                           select(group_0.kpe, group_1.kpe, group_0.ckv == NOWHERE));
-        let keys_1 = Group(select(group_1.ckv, group_0.ckv, group_1.ckv == NOWHERE),
-                           select(group_1.kpe, group_0.kpe, group_1.ckv == NOWHERE));
-
-        var score_0_0 = MatrixC();
-        var score_0_1 = MatrixC();
-        var score_1_0 = MatrixC();
-        var score_1_1 = MatrixC();
-        // Loads of several matrices are under way before the first is needed.
-        let pitch = SHARES * 16u;
-        var c = share * 16u;
-        while c + (UNROLLED - 1u) * pitch < params.head_dim_v {
-//#for u 2
-            let q_0_$u = load_q_nope(q_nope_rows[first_a] + c + $uu * pitch, params.q_nope.w);
-            let q_1_$u = load_q_nope(q_nope_rows[first_b] + c + $uu * pitch, params.q_nope.w);
-            let k_0_$u = load_keys_nope(keys_0.ckv + c + $uu * pitch, params.ckv.z);
-            let k_1_$u = load_keys_nope(keys_1.ckv + c + $uu * pitch, params.ckv.z);
+        locate(page, step + thread, end, kv_head, thread);
+        if next_step + thread < end {
+            next_page = page_of(table_row, next_step + thread);
+        }
+    }
+    workgroupBarrier();
+//#for n LOADS
+    let place_$n = vector_of($nu, subgroup, thread % 32u);
 //#endfor
-//#for u 2
-            score_0_0 = multiply_add(q_0_$u, k_0_$u, score_0_0);
-            score_0_1 = multiply_add(q_0_$u, k_1_$u, score_0_1);
-            score_1_0 = multiply_add(q_1_$u, k_0_$u, score_1_0);
-            score_1_1 = multiply_add(q_1_$u, k_1_$u, score_1_1);
+//#if PREFETCH
+//#for n LOADS
+    var next_$n = key_vector($nu, here, place_$n);
 //#endfor
-            c += UNROLLED * pitch;
-        }
-        for (; c < params.head_dim_v; c += pitch) {
-            let q_0 = load_q_nope(q_nope_rows[first_a] + c, params.q_nope.w);
-            let q_1 = load_q_nope(q_nope_rows[first_b] + c, params.q_nope.w);
-            let k_0 = load_keys_nope(keys_0.ckv + c, params.ckv.z);
-            let k_1 = load_keys_nope(keys_1.ckv + c, params.ckv.z);
-            score_0_0 = multiply_add(q_0, k_0, score_0_0);
-            score_0_1 = multiply_add(q_0, k_1, score_0_1);
-            score_1_0 = multiply_add(q_1, k_0, score_1_0);
-            score_1_1 = multiply_add(q_1, k_1, score_1_1);
-        }
-        // The shares of the rope part go to the subgroups that had least before.
-        let rope = params.head_dim_k - params.head_dim_v;
-        for (var c = (SHARES - 1u - share) * 16u; c < rope; c += pitch) {
-            let q_0 = load_q_pe(q_pe_rows[first_a] + c, params.q_pe.w);
-            let q_1 = load_q_pe(q_pe_rows[first_b] + c, params.q_pe.w);
-            let k_0 = load_keys_pe(keys_0.kpe + c, params.kpe.z);
-            let k_1 = load_keys_pe(keys_1.kpe + c, params.kpe.z);
-            score_0_0 = multiply_add(q_0, k_0, score_0_0);
-            score_0_1 = multiply_add(q_0, k_1, score_0_1);
-            score_1_0 = multiply_add(q_1, k_0, score_1_0);
-            score_1_1 = multiply_add(q_1, k_1, score_1_1);
-        }
-        store_share(score_0_0, subgroup * 1024u, TOKENS);
-        store_share(score_0_1, subgroup * 1024u + 16u, TOKENS);
-        store_share(score_1_0, subgroup * 1024u + 512u, TOKENS);
-        store_share(score_1_1, subgroup * 1024u + 528u, TOKENS);
+//#endif
+//#if TOUCH
+    var touched = 0u;
+//#endif
+    while step < end {
+        let step_after = seek(table_row, next_step + TOKENS, end);
+        let there = TOKENS - here;
+//#if PREFETCH
+        workgroupBarrier();             // the step before has been read
+//#for n LOADS
+        store_key(here, place_$n, next_$n);
+//#endfor
+//#elif SUBGROUPS_4
         workgroupBarrier();
-
-        // Softmax. A token that the row does not see, or that is in another window, weighs exactly 0.
-        var scores: array<f32, TOKENS_PER_LANE>;
-        var seen: array<bool, TOKENS_PER_LANE>;
-        var highest = LOWEST;
-        for (var i = 0u; i < TOKENS_PER_LANE; i += 1u) {
-            let t = lane + i * LANES;
-            var score = 0.0;
-            for (var s = 0u; s < SHARES; s += 1u) {
-                score += shares[(row / 32u * SHARES + s) * 1024u + row % 32u * TOKENS + t];
+//#for n LOADS
+        store_key(here, place_$n, key_vector($nu, here, place_$n));
+//#endfor
+//#else
+//#for n LOADS
+        let next_$n = key_vector($nu, here, place_$n);
+//#endfor
+        workgroupBarrier();             // the step before has been read
+//#for n LOADS
+        store_key(here, place_$n, next_$n);
+//#endfor
+//#endif
+        if thread < TOKENS {
+            locate(next_page, next_step + thread, end, kv_head, there + thread);
+            if step_after + thread < end {
+                next_page = page_of(table_row, step_after + thread);
             }
-            seen[i] = step + t < ends[row] && select(group_1.ckv, group_0.ckv, t < 16u) != NOWHERE;
-            scores[i] = score * params.scale_log2;
-            highest = select(highest, max(highest, scores[i]), seen[i]);
         }
+        workgroupBarrier();
+//#if TOUCH
+        // Has the next step's lines of 128 bytes brought near.
+        for (var i = thread; i < TOKENS * 8u; i += THREADS) {
+            touched |= ckv[ckv_tokens[there + i / 8u] + min(i % 8u * 8u, COLUMNS / 8u - 1u)].x;
+        }
+        if thread < TOKENS {
+            touched |= kpe[kpe_tokens[there + thread]].x;
+        }
+//#endif
+
+        // Scores.
+        let first_key = token_tile * 16u * PITCH + share * SHARE_COLUMNS;
+//#for s SCORE_TILES
+        var score_$s: MatrixC;
+        score_$s = MatrixC();
+//#endfor
+//#for q QUERY_TILES
+//#for s SCORE_TILES
+        score_$s = multiply_add(q_$q, load_keys(first_key + $su * 16u * PITCH + $qu * 16u), score_$s);
+//#endfor
+//#endfor
+        let share_at = ((share % STORED_SHARES) * ROWS + row_tile * 16u) * SHARE_PITCH + token_tile * 16u;
+//#if ROWS_64
+        if share == 1u {
+//#for s SCORE_TILES
+            store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
+//#endfor
+        }
+        workgroupBarrier();
+        if share == 0u {
+//#for s SCORE_TILES
+            score_$s = plus(score_$s, load_share(share_at + $su * 16u, SHARE_PITCH));
+            store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
+//#endfor
+        }
+//#else
+//#for s SCORE_TILES
+        store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
+//#endfor
+//#endif
+        workgroupBarrier();
+//#if PREFETCH
+//#for n LOADS
+        next_$n = key_vector($nu, there, place_$n);
+//#endfor
+//#endif
+
+        // Softmax: this lane has 4 or 8 neighbouring tokens. One that the row does not see, or that is in another window,
+        // weighs exactly 0.
+        let first_token = lane * TOKENS_PER_LANE;
+        var highest = LOWEST;
+//#for i LANE_VECTORS
+        var score_at_$i = shares[(row * SHARE_PITCH + first_token) / 4u + $iu];
+        for (var s = 1u; s < STORED_SHARES; s += 1u) {
+            score_at_$i += shares[((s * ROWS + row) * SHARE_PITCH + first_token) / 4u + $iu];
+        }
+        score_at_$i *= params.scale_log2;
+        let token_$i = step + first_token + $iu * 4u + vec4<u32>(0u, 1u, 2u, 3u);
+        let slot_$i = here + first_token + $iu * 4u;
+        let there_$i = vec4<u32>(present[slot_$i], present[slot_$i + 1u], present[slot_$i + 2u], present[slot_$i + 3u]);
+        let seen_$i = (token_$i < vec4<u32>(ends[row])) & (there_$i != vec4<u32>(0u));
+        score_at_$i = select(vec4<f32>(LOWEST), score_at_$i, seen_$i);
+        highest = max(highest, max(max(score_at_$i.x, score_at_$i.y), max(score_at_$i.z, score_at_$i.w)));
+//#endfor
         highest = row_max(highest);
         var factor = 1.0;
         if highest > top + MAX_RISE || (top == LOWEST && highest > LOWEST) {
             factor = exp2(top - highest);
-            if top != LOWEST {
-                risen = step + 1u;      // several may write: the same number
+            if top != LOWEST && has_row {
+                risen[0] = step + 1u;   // several may write: the same number
             }
             top = highest;
             sum *= factor;
             lse_sum *= factor;
         }
-        if lane == 0u {
+        if has_row && lane == 0u {
             factors[row] = factor;
         }
-        for (var i = 0u; i < TOKENS_PER_LANE; i += 1u) {
-            var weight = 0.0;
-            if seen[i] {
-                weight = exp2(scores[i] - top);
-            }
-            let rounded = f16(weight);
-            lse_sum += weight;
-            sum += f32(rounded);
-            weights[row * TOKENS + lane + i * LANES] = rounded;
+        let weights_at = (row % 32u * PITCH + WEIGHTS_AT + row / 32u * 32u + first_token) / 4u;
+//#for i LANE_VECTORS
+        let weight_$i = select(vec4<f32>(0.0), exp2(score_at_$i - top), seen_$i);
+        let rounded_$i = vec4<f16>(weight_$i);
+        lse_sum += weight_$i.x + weight_$i.y + weight_$i.z + weight_$i.w;
+        let as_multiplied_$i = vec4<f32>(rounded_$i);
+        sum += as_multiplied_$i.x + as_multiplied_$i.y + as_multiplied_$i.z + as_multiplied_$i.w;
+        if has_row {
+            keys[weights_at + $iu] = rounded_$i;
         }
-        let rescale = workgroupUniformLoad(&risen) == step + 1u;
+//#endfor
+        let rescale = workgroupUniformLoad(&risen[0]) == step + 1u;
         if rescale {
             // The shares have been read: their memory serves, 16 x 16 for each subgroup.
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
-            store_share(sum_$m_$c, subgroup * 1024u, 16u);
+            store_share(sum_$m_$c, subgroup * 256u, 16u);
             workgroupBarrier();
-            for (var i = thread % 32u; i < 256u; i += 32u) {
-                shares[subgroup * 1024u + i] *= factors[$mu * 16u + i / 16u];
+            for (var i = thread % 32u; i < 64u; i += 32u) {
+                shares[subgroup * 64u + i] *= factors[$mu * 16u + i / 4u];
             }
             workgroupBarrier();
-            sum_$m_$c = load_share(subgroup * 1024u);
+            sum_$m_$c = load_share(subgroup * 256u, 16u);
             workgroupBarrier();
 //#endfor
 //#endfor
         }
 
         // Weights x V, 16 tokens at a time.
-        for (var g = 0u; g < 2u; g += 1u) {
-            let values = select(group_1.ckv, group_0.ckv, g == 0u);
-            if values == NOWHERE {
-                continue;
-            }
-            let valid = min(end - step - g * 16u, 16u);
+//#for g 2
 //#for m MATRIX_ROWS
-            let weights_$m = load_weights($mu * 16u * TOKENS + g * 16u);
-//#endfor
-            if valid == 16u && slice * COLUMNS + COLUMNS <= params.head_dim_v {
-//#for c MATRIX_COLUMNS
-                let v_$c = load_values(values + column + $cu * 16u, params.ckv.z);
+        let weights_$g_$m = load_weights($mu % 2u * 16u * PITCH + WEIGHTS_AT + $mu / 2u * 32u + $gu * 16u);
 //#endfor
 //#for c MATRIX_COLUMNS
+        let v_$g_$c = load_values($gu * 16u * PITCH + column + $cu * 16u);
 //#for m MATRIX_ROWS
-                sum_$m_$c = multiply_add(weights_$m, v_$c, sum_$m_$c);
+        sum_$m_$c = multiply_add(weights_$g_$m, v_$g_$c, sum_$m_$c);
 //#endfor
 //#endfor
-                continue;
-            }
-//#for c MATRIX_COLUMNS
-            if valid == 16u {
-                if column + $cu * 16u < params.head_dim_v {
-                    let v = load_values(values + column + $cu * 16u, params.ckv.z);
-//#for m MATRIX_ROWS
-                    sum_$m_$c = multiply_add(weights_$m, v, sum_$m_$c);
 //#endfor
-                }
-            } else {
-                // The end of the sequence: what lies beyond may be anything, and 0 x NaN is NaN.
-                workgroupBarrier();
-                for (var i = thread % 32u; i < 256u; i += 32u) {
-                    let source = column + $cu * 16u + i % 16u;
-                    var x = f16(0.0);
-                    if i / 16u < valid && source < params.head_dim_v {
-                        x = ckv[values + i / 16u * params.ckv.z + source];
-                    }
-                    tail[subgroup * 256u + i] = x;
-                }
-                workgroupBarrier();
-                let v = load_tail(subgroup * 256u);
-//#for m MATRIX_ROWS
-                sum_$m_$c = multiply_add(weights_$m, v, sum_$m_$c);
-//#endfor
-            }
-//#endfor
-        }
+        step = next_step;
+        next_step = step_after;
+        here = there;
     }
+//#if TOUCH
+    // What was brought near must seem to be of use.
+    if params.padding_1 != 0u {
+        risen[0] = touched;
+    }
+//#endif
 
     let partial_row = slot * params.row_tiles * ROWS + (tile - params.first_row_tile) * ROWS;
     let all = row_sum(sum);
     let lse_all = row_sum(lse_sum);
-    if lane == 0u && slice == 0u {
+    if has_row && lane == 0u {
         store_sums(partial_row + row, select(top + WEIGHT_SHIFT, LOWEST, top == LOWEST), all, lse_all);
     }
 //#for m MATRIX_ROWS
@@ -364,5 +517,5 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     }
 //#endfor
 //#endfor
-    workgroupBarrier();                 // the next split's shares and weights
+    workgroupBarrier();                 // the next split's keys
 }

@@ -22,9 +22,13 @@ use crate::workspace::Workspace;
 /// The most scratch memory asked for where less would do in several chunks.
 const WORKSPACE_BYTES: u64 = 1 << 30;
 
-/// Whether the sizes of a problem are multiples of a matrix's 16.
-fn suits_matrices(p: &Problem) -> bool {
-    [p.head_dim_k(), p.head_dim_v(), p.heads_per_kv(), p.page_size()].iter().all(|n| n.is_multiple_of(16))
+/// Whether a matrix path takes the sizes of a problem: keys are loaded 8 columns at a time, results stored 16.
+fn suits_matrices(p: &Problem, path: Path) -> bool {
+    let (most_k, most_v) = path.most_columns();
+    p.head_dim_k() <= most_k
+        && p.head_dim_v() <= most_v
+        && p.head_dim_k().is_multiple_of(8)
+        && p.head_dim_v().is_multiple_of(16)
 }
 
 /// MLA decoding by WGSL kernels.
@@ -131,7 +135,7 @@ impl WgpuBackend {
         let adapter = &backend.context.adapter;
         let paths = Path::ALL.into_iter().filter(|p| match backend.forced {
             Some(forced) => forced == *p,
-            None => backend.has(*p) && !matches!(p, Path::EmulatedMatrix | Path::EmulatedMatrix64),
+            None => backend.has(*p) && !p.is_emulated(),
         });
         backend.info.device_name = format!(
             "{} ({:?}, {}), paths {}",
@@ -161,11 +165,13 @@ impl WgpuBackend {
             Path::Plain => true,
             Path::Subgroups => subgroups,
             Path::NativeF16 => subgroups && features.contains(::wgpu::Features::SHADER_F16),
-            Path::Matrix | Path::Matrix64 => {
+            Path::Matrix16 | Path::Matrix32 | Path::Matrix64 => {
                 let one_size = (adapter.subgroup_min_size, adapter.subgroup_max_size) == (32, 32);
-                one_size && self.context.matrices && self.has(Path::NativeF16) && self.has_room(44 << 10, 256)
+                one_size && self.context.matrices && self.has(Path::NativeF16) && self.has_room(48 << 10, 256)
             }
-            Path::EmulatedMatrix | Path::EmulatedMatrix64 => self.has(Path::NativeF16) && self.has_room(24 << 10, 128),
+            Path::EmulatedMatrix16 | Path::EmulatedMatrix32 | Path::EmulatedMatrix64 => {
+                self.has(Path::NativeF16) && self.has_room(24 << 10, 256)
+            }
         }
     }
 
@@ -190,7 +196,7 @@ impl WgpuBackend {
         match wanted {
             _ if !wanted.takes(problem.dtype()) && self.has(Path::Subgroups) => Path::Subgroups,
             _ if !wanted.takes(problem.dtype()) => Path::Plain,
-            _ if wanted.is_matrix() && !suits_matrices(problem) => Path::NativeF16,
+            _ if wanted.is_matrix() && !suits_matrices(problem, wanted) => Path::NativeF16,
             _ => wanted,
         }
     }
@@ -200,14 +206,15 @@ impl WgpuBackend {
         self.workgroups / (row_tiles as usize * slices).max(1)
     }
 
-    fn kernel(&self, kernel: Kernel, path: Path, dtype: DType) -> Result<Arc<Pipeline>> {
+    fn kernel(&self, kernel: Kernel, path: Path, problem: &Problem) -> Result<Arc<Pipeline>> {
         // The small kernels have one path, and the first two do not know the element type.
         let (path, dtype) = match kernel {
             Kernel::Schedule => (Path::Plain, DType::F32),
             Kernel::Prepare => (path, DType::F32),
-            Kernel::Combine | Kernel::Decode => (path, dtype),
+            Kernel::Combine | Kernel::Decode => (path, problem.dtype()),
         };
-        self.pipelines.get(&self.context, kernel, path, dtype)
+        let full = kernel == Kernel::Decode && path.is_full(problem.head_dim_k(), problem.head_dim_v());
+        self.pipelines.get(&self.context, kernel, path, dtype, full)
     }
 
     /// Waits for the device and copies a plan to the host: `tile_scheduler_metadata` and `num_splits`.
@@ -259,17 +266,17 @@ impl MlaBackend for WgpuBackend {
     ) -> Result<WgpuSchedule> {
         MlaBackend::supports(self, problem)?;
         inputs.validate(problem, self.info.device)?;
-        let (path, dtype) = (self.path(problem), problem.dtype());
+        let path = self.path(problem);
         // Kernels are compiled here, so that `run` finds them in place.
         let otherwise = path.is_matrix() && !run::rows_suit_matrices(inputs);
         for kernel in [Kernel::Prepare, Kernel::Decode, Kernel::Combine] {
-            self.kernel(kernel, if otherwise { Path::NativeF16 } else { path }, dtype)?;
+            self.kernel(kernel, if otherwise { Path::NativeF16 } else { path }, problem)?;
         }
         let rows_per_kv = problem.s_q() * problem.heads_per_kv();
         let row_tiles = (problem.h_kv() * rows_per_kv.div_ceil(path.rows())) as u64;
         let parts = self.default_parts(row_tiles, problem.head_dim_v().div_ceil(path.columns()));
         let schedule = WgpuSchedule::new(&self.context, problem, options, parts)?;
-        let kernel = self.kernel(Kernel::Schedule, path, dtype)?;
+        let kernel = self.kernel(Kernel::Schedule, path, problem)?;
         schedule.enqueue(&self.context, &kernel, problem, &inputs.cache_seqlens, &self.dummy)?;
         Ok(schedule)
     }
@@ -320,15 +327,15 @@ impl MlaBackend for WgpuBackend {
         if problem.rows() == 0 {
             return Ok(());
         }
-        let (mut path, dtype) = (self.path(problem), problem.dtype());
+        let mut path = self.path(problem);
         if path.is_matrix() && !run::rows_suit_matrices(inputs) {
             path = Path::NativeF16;
         }
         let [prepare, decode, combine] = [Kernel::Prepare, Kernel::Decode, Kernel::Combine];
         let kernels = Kernels {
-            prepare: &*self.kernel(prepare, path, dtype)?,
-            decode: &*self.kernel(decode, path, dtype)?,
-            combine: &*self.kernel(combine, path, dtype)?,
+            prepare: &*self.kernel(prepare, path, problem)?,
+            decode: &*self.kernel(decode, path, problem)?,
+            combine: &*self.kernel(combine, path, problem)?,
             columns: path.columns(),
         };
         let shape = schedule.sizes(problem, path.rows());

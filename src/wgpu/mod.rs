@@ -5,6 +5,7 @@
 //! | `context.rs` | adapter, device, errors |
 //! | `memory.rs` | buffers, and where in them tensors lie |
 //! | `shaders.rs` | the WGSL files (`shaders/`) and the template that makes variants of them |
+//! | `spirv.rs` | SPIR-V for cooperative matrices |
 //! | `pipelines.rs` | compiled kernels |
 //! | `params.rs` | the kernels' parameters, mirrored |
 //! | `plan.rs` | the schedule on the device |
@@ -25,6 +26,7 @@ mod pipelines;
 mod plan;
 mod run;
 pub mod shaders;
+pub mod spirv;
 mod timing;
 
 /// The crate whose devices, queues and buffers this backend takes.
@@ -40,7 +42,7 @@ use crate::problem::Problem;
 /// The backend's name.
 pub const NAME: &str = "wgpu";
 
-/// Names the path of the decode kernel: `plain`, `subgroups`, `f16`, `matrix`, `matrix64`; the best proven one that the
+/// Names the path of the decode kernel: `plain`, `subgroups`, `f16`, `matrix16`, `matrix32`, `matrix64`; the best proven one that the
 /// device has otherwise.
 pub const PATH_VARIABLE: &str = "POLYMLA_WGPU_PATH";
 

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::context::Context;
+use super::context::{Context, platform};
 use super::params::Params;
 use super::shaders::{Kernel, Path, source};
+use super::spirv;
 use crate::error::Result;
 use crate::tensor::DType;
 
@@ -18,7 +19,7 @@ pub(super) struct Pipeline {
 /// The kernels compiled so far.
 #[derive(Default)]
 pub(super) struct Pipelines {
-    compiled: Mutex<HashMap<(Kernel, Path, DType), Arc<Pipeline>>>,
+    compiled: Mutex<HashMap<(Kernel, Path, DType, bool), Arc<Pipeline>>>,
 }
 
 impl Pipelines {
@@ -26,18 +27,25 @@ impl Pipelines {
     ///
     /// # Errors
     /// [`MlaError::Platform`](crate::MlaError::Platform), with what wgpu or the driver's compiler said.
-    pub(super) fn get(&self, context: &Context, kernel: Kernel, path: Path, dtype: DType) -> Result<Arc<Pipeline>> {
+    pub(super) fn get(
+        &self,
+        context: &Context,
+        kernel: Kernel,
+        path: Path,
+        dtype: DType,
+        full: bool,
+    ) -> Result<Arc<Pipeline>> {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = compiled.get(&(kernel, path, dtype)) {
+        if let Some(pipeline) = compiled.get(&(kernel, path, dtype, full)) {
             return Ok(pipeline.clone());
         }
-        let pipeline = Arc::new(compile(context, kernel, path, dtype)?);
-        compiled.insert((kernel, path, dtype), pipeline.clone());
+        let pipeline = Arc::new(compile(context, kernel, path, dtype, full)?);
+        compiled.insert((kernel, path, dtype, full), pipeline.clone());
         Ok(pipeline)
     }
 }
 
-fn compile(context: &Context, kernel: Kernel, path: Path, dtype: DType) -> Result<Pipeline> {
+fn compile(context: &Context, kernel: Kernel, path: Path, dtype: DType, full: bool) -> Result<Pipeline> {
     let device = &context.device;
     let buffer = |binding: u32, ty, has_dynamic_offset, size| ::wgpu::BindGroupLayoutEntry {
         binding,
@@ -47,29 +55,58 @@ fn compile(context: &Context, kernel: Kernel, path: Path, dtype: DType) -> Resul
     };
     let mut entries = vec![buffer(0, ::wgpu::BufferBindingType::Uniform, true, size_of::<Params>() as u64)];
     for (i, read_only) in kernel.read_only().iter().enumerate() {
-        entries.push(buffer(i as u32 + 1, ::wgpu::BufferBindingType::Storage { read_only: *read_only }, false, 4));
+        // Matrix paths read elements of q and of the cache 16 bytes at a time.
+        let element = if kernel == Kernel::Decode && path.is_matrix() && i < 4 { 16 } else { 4 };
+        entries.push(buffer(i as u32 + 1, ::wgpu::BufferBindingType::Storage { read_only: *read_only }, false, element));
     }
-    let text = source(kernel, path, dtype);
+    let text = source(kernel, path, dtype, full);
     let label = Some(kernel.name());
+    let vulkan = context.adapter.backend == ::wgpu::Backend::Vulkan;
+    let real_matrices = kernel == Kernel::Decode && path.is_matrix() && !path.is_emulated();
+    let words = match real_matrices && vulkan && std::env::var_os("POLYMLA_WGPU_NAGA").is_none() {
+        true => Some(spirv::compile(&text).map_err(|e| platform("create_shader_module", e))?),
+        false => None,
+    };
     context.guarded("create_compute_pipeline", || {
         let layout = device.create_bind_group_layout(&::wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
-        let module = ::wgpu::ShaderModuleDescriptor { label, source: ::wgpu::ShaderSource::Wgsl(text.into()) };
-        let checks =
-            ::wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..::wgpu::ShaderRuntimeChecks::checked() };
-        // SAFETY: bounds are checked as ever. Loops are not counted: each one is bounded by a size of the problem, or by
-        // a length or a plan that was checked on the device before.
-        let module = unsafe { device.create_shader_module_trusted(module, checks) };
+        let module = match words {
+            Some(words) => {
+                let entry = ::wgpu::PassthroughShaderEntryPoint { name: kernel.name().into(), workgroup_size: (0, 0, 0) };
+                let descriptor = ::wgpu::ShaderModuleDescriptorPassthrough {
+                    label,
+                    entry_points: vec![entry].into(),
+                    spirv: Some(words.into()),
+                    ..Default::default()
+                };
+                // SAFETY: naga wrote the module from WGSL that it validated, with bounds checks; what was added only
+                // orders memory. It has the bindings of the layout above, which a test compares for every variant.
+                unsafe { device.create_shader_module_passthrough(descriptor) }
+            }
+            None => {
+                let module = ::wgpu::ShaderModuleDescriptor { label, source: ::wgpu::ShaderSource::Wgsl(text.into()) };
+                let checks =
+                    ::wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..::wgpu::ShaderRuntimeChecks::checked() };
+                // SAFETY: bounds are checked as ever. Loops are not counted: each one is bounded by a size of the
+                // problem, or by a length or a plan that was checked on the device before.
+                unsafe { device.create_shader_module_trusted(module, checks) }
+            }
+        };
         let pipeline_layout = device.create_pipeline_layout(&::wgpu::PipelineLayoutDescriptor {
             label,
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
+        // Every kernel writes shared memory before it reads it, but for one word of `prepare`.
+        let compilation_options = ::wgpu::PipelineCompilationOptions {
+            zero_initialize_workgroup_memory: kernel != Kernel::Decode,
+            ..Default::default()
+        };
         let pipeline = device.create_compute_pipeline(&::wgpu::ComputePipelineDescriptor {
             label,
             layout: Some(&pipeline_layout),
             module: &module,
             entry_point: label,
-            compilation_options: Default::default(),
+            compilation_options,
             cache: None,
         });
         Pipeline { pipeline, layout }

@@ -70,25 +70,31 @@ pub enum Path {
     Subgroups,
     /// f16 tensors as f16, not as halves of words; subgroups too.
     NativeF16,
-    /// Products by cooperative matrices of 16 x 16, 32 query rows a workgroup. f16 only: bf16 has a range that f16 lacks.
-    Matrix,
+    /// Products by cooperative matrices of 16 x 16, 16 query rows a workgroup.
+    Matrix16,
+    /// The same, 32 query rows a workgroup.
+    Matrix32,
     /// The same, 64 query rows a workgroup.
     Matrix64,
-    /// `Matrix` with matrices emulated by plain arithmetic: for tests on adapters without them.
-    EmulatedMatrix,
+    /// `Matrix16` with matrices emulated by plain arithmetic: for tests on adapters without them.
+    EmulatedMatrix16,
+    /// `Matrix32`, likewise.
+    EmulatedMatrix32,
     /// `Matrix64`, likewise.
     EmulatedMatrix64,
 }
 
 impl Path {
     /// All of them, plainest first, what is only for tests last.
-    pub const ALL: [Path; 7] = [
+    pub const ALL: [Path; 9] = [
         Path::Plain,
         Path::Subgroups,
         Path::NativeF16,
-        Path::Matrix,
+        Path::Matrix16,
+        Path::Matrix32,
         Path::Matrix64,
-        Path::EmulatedMatrix,
+        Path::EmulatedMatrix16,
+        Path::EmulatedMatrix32,
         Path::EmulatedMatrix64,
     ];
 
@@ -105,57 +111,103 @@ impl Path {
         !matches!(self, Path::Plain | Path::Subgroups | Path::NativeF16)
     }
 
+    /// Whether the path is only for tests.
+    pub fn is_emulated(self) -> bool {
+        matches!(self, Path::EmulatedMatrix16 | Path::EmulatedMatrix32 | Path::EmulatedMatrix64)
+    }
+
     /// The name, as `polymla info` and the environment have it.
     pub fn name(self) -> &'static str {
         match self {
             Path::Plain => "plain",
             Path::Subgroups => "subgroups",
             Path::NativeF16 => "f16",
-            Path::Matrix => "matrix",
+            Path::Matrix16 => "matrix16",
+            Path::Matrix32 => "matrix32",
             Path::Matrix64 => "matrix64",
-            Path::EmulatedMatrix => "emulated-matrix",
+            Path::EmulatedMatrix16 => "emulated-matrix16",
+            Path::EmulatedMatrix32 => "emulated-matrix32",
             Path::EmulatedMatrix64 => "emulated-matrix64",
         }
     }
 
-    fn defines(self) -> &'static [&'static str] {
-        match self {
-            Path::Plain => &[],
-            Path::Subgroups => &["SUBGROUPS"],
-            Path::NativeF16 => &["SUBGROUPS", "NATIVE_F16"],
-            Path::Matrix => &["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX", "ROWS_32"],
-            Path::Matrix64 => &["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX", "ROWS_64"],
-            Path::EmulatedMatrix => &["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX", "EMULATED", "ROWS_32"],
-            Path::EmulatedMatrix64 => &["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX", "EMULATED", "ROWS_64"],
+    fn defines(self, full: bool) -> Vec<&'static str> {
+        let mut defines = match self {
+            Path::Plain => return vec![],
+            Path::Subgroups => return vec!["SUBGROUPS"],
+            Path::NativeF16 => return vec!["SUBGROUPS", "NATIVE_F16"],
+            Path::Matrix16 | Path::EmulatedMatrix16 => vec!["PREFETCH"],
+            Path::Matrix32 | Path::EmulatedMatrix32 => vec!["PREFETCH", "ROWS_32"],
+            // All registers are for sums and queries.
+            Path::Matrix64 | Path::EmulatedMatrix64 if full => vec!["TOUCH", "ROWS_64"],
+            Path::Matrix64 | Path::EmulatedMatrix64 => vec!["ROWS_64"],
+        };
+        defines.extend(["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX"]);
+        defines.extend(self.is_emulated().then_some("EMULATED"));
+        defines.extend(full.then_some("FULL"));
+        if self.subgroups() == 4 {
+            defines.retain(|d| *d != "PREFETCH");
+            defines.extend(["SUBGROUPS_4", "TOUCH"]);
         }
+        defines
     }
 
-    fn is_emulated(self) -> bool {
-        matches!(self, Path::EmulatedMatrix | Path::EmulatedMatrix64)
+    /// Whether a problem has all the columns that a matrix path takes: such ones need no test of each load.
+    pub(super) fn is_full(self, head_dim_k: usize, head_dim_v: usize) -> bool {
+        self.is_matrix() && self.most_columns() == (head_dim_k, head_dim_v)
     }
 
-    /// Subgroups of a workgroup: `SUBGROUP_COUNT` of matrix.wgsl.
-    fn subgroups(self) -> usize {
-        if self.is_emulated() { 4 } else { 8 }
+    /// The most columns of K and of V that the path takes: `K_COLUMNS` and `COLUMNS` of matrix.wgsl. Others take any
+    /// number, V in slices.
+    pub(super) fn most_columns(self) -> (usize, usize) {
+        match self {
+            _ if self.is_emulated() => (192, 128),
+            _ if self.is_matrix() => (576, 512),
+            _ => (usize::MAX, usize::MAX),
+        }
     }
 
     /// Columns of V of a workgroup: `COLUMNS` of vector.wgsl and matrix.wgsl.
     pub(super) fn columns(self) -> usize {
-        if self.is_emulated() { 64 } else { 512 }
+        self.most_columns().1.min(512)
     }
 
     /// Query rows of a workgroup: `ROWS` of params.wgsl.
     pub(super) fn rows(self) -> usize {
         match self {
-            Path::Plain | Path::Subgroups | Path::NativeF16 => 16,
-            Path::Matrix | Path::EmulatedMatrix => 32,
+            Path::Plain | Path::Subgroups | Path::NativeF16 | Path::Matrix16 | Path::EmulatedMatrix16 => 16,
+            Path::Matrix32 | Path::EmulatedMatrix32 => 32,
             Path::Matrix64 | Path::EmulatedMatrix64 => 64,
         }
     }
+
+    /// Subgroups of a workgroup: `SUBGROUP_COUNT` of matrix.wgsl.
+    fn subgroups(self) -> usize {
+        if self == Path::Matrix32 && std::env::var_os("POLYMLA_S4").is_some() { 4 } else { 8 }
+    }
+
+    /// How often the template repeats what is done for each matrix: the numbers of matrix.wgsl.
+    fn counts(self) -> Vec<(&'static str, usize)> {
+        if !self.is_matrix() {
+            return vec![];
+        }
+        let (subgroups, tokens, rows) = (self.subgroups(), 32, self.rows());
+        let (k_columns, columns) = self.most_columns();
+        let shares = if rows == 16 { 4 } else { 2 };
+        let apart = subgroups / (rows / 16 * shares);
+        vec![
+            ("MATRIX_ROWS", rows / 16),
+            ("MATRIX_COLUMNS", columns / 16 / subgroups),
+            ("QUERY_TILES", k_columns / 16 / shares),
+            ("SCORE_TILES", tokens / 16 / apart),
+            ("LOADS", tokens * k_columns / 8 / (subgroups * 32)),
+            ("LANE_VECTORS", tokens / (subgroups * 32 / rows).min(8) / 4),
+        ]
+    }
 }
 
-/// The WGSL of a kernel.
-pub fn source(kernel: Kernel, path: Path, dtype: DType) -> String {
+/// The WGSL of a kernel. `full` is of matrix paths: for problems that have as many columns as the path takes.
+pub fn source(kernel: Kernel, path: Path, dtype: DType, full: bool) -> String {
     let element = match dtype {
         DType::Bf16 => "BF16",
         DType::F16 => "F16",
@@ -163,8 +215,8 @@ pub fn source(kernel: Kernel, path: Path, dtype: DType) -> String {
         DType::I32 => "I32",
     };
     let template = Template {
-        defines: path.defines().iter().copied().chain([element]).collect(),
-        counts: vec![("MATRIX_ROWS", path.rows() / 16), ("MATRIX_COLUMNS", path.columns() / 16 / path.subgroups())],
+        defines: path.defines(full).into_iter().chain([element]).collect(),
+        counts: path.counts(),
     };
     let mut lines = Vec::new();
     template.include(&format!("{}.wgsl", kernel.name()), &mut lines);

@@ -33,7 +33,7 @@ fn matrix_problems(backend: &WgpuBackend, seeds: std::ops::Range<u64>) {
             max_s_q: 3,
             max_heads_per_kv: 64,
             max_h_kv: 2,
-            head_dims: vec![(64, 64), (80, 64), (576, 512), (160, 96)],
+            head_dims: vec![(64, 64), (80, 64), (576, 512), (160, 96), (192, 128)],
             page_sizes: vec![16, 48, 64],
             max_tokens: 300,
             dtypes: vec![DType::F16],
@@ -74,17 +74,15 @@ fn every_path_is_right() {
 /// With real matrices where the adapter has them; emulated everywhere, so that the rest of the path is checked without.
 #[test]
 fn matrix_paths_are_right() {
-    use shaders::Path::{EmulatedMatrix, EmulatedMatrix64, Matrix, Matrix64};
-    for path in [EmulatedMatrix, EmulatedMatrix64, Matrix, Matrix64] {
+    for path in shaders::Path::ALL.into_iter().filter(|path| path.is_matrix()) {
         let Some(backend) = super::backend(WgpuBackend::new) else { return };
         if !backend.has(path) {
             eprintln!("SKIP path {}: the adapter lacks it", path.name());
             continue;
         }
         let backend = backend.with_path(path).unwrap();
-        let emulated = matches!(path, EmulatedMatrix | EmulatedMatrix64);
-        matrix_problems(&backend, 0..250);
-        golden_and_random(&backend, if emulated { 0 } else { usize::MAX }, 3000..3020);
+        matrix_problems(&backend, 0..std::env::var("SEEDS").map_or(250, |s| s.parse().unwrap()));
+        golden_and_random(&backend, if path.is_emulated() { 0 } else { usize::MAX }, 3000..3020);
     }
 }
 
