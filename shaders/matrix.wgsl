@@ -1,28 +1,25 @@
 // A split by cooperative matrices: 16 x 16, f16 x f16 -> f32, each held by the 32 invocations of a subgroup together.
 //
-// Tile      ROWS (16, 32 or 64) query rows of one KV head x 32 tokens x all columns: 256 invocations, 8 subgroups.
-// Memory    A step's 32 keys lie in shared memory, from where both products read them: global memory is read once, 16
-//           bytes an invocation. Queries stay in matrices for the whole split, sums too.
-// Step      for 32 tokens:
-//             1. keys -> shared memory; where the next step's keys are
-//             2. scores: a subgroup multiplies 16 rows with 16 tokens (32 tokens where ROWS is 64) over its share of
-//                head_dim_k's columns and leaves the sums in shared memory
-//             3. the next step's keys are asked for, into registers
-//             4. softmax: the shares added up; weights, as f16, to shared memory, beside the keys
-//             5. out += weights x V: every subgroup has 64 columns of all rows in matrices
+// Tile      ROWS (16, 32 or 64) query rows of one KV head x 16 tokens x all columns: 256 invocations, 8 subgroups.
+// Memory    Two tiles of keys lie in shared memory, from where both products read them: global memory is read once, 16
+//           bytes an invocation at a time. Queries stay in matrices for the whole split, sums too.
+// Pipeline  A tile passes through four stages, and three tiles are under way:
+//             1. asked for, into registers
+//             2. from there to shared memory
+//             3. scores: each subgroup multiplies 16 rows with the tile over its share of head_dim_k's columns and leaves
+//                the sums in shared memory; softmax adds the shares up and leaves weights, as f16, beside the keys
+//             4. out += weights x V: each subgroup has 64 columns of all rows in matrices
+//           Between barriers, matrices are multiplied (4 of tile n - 1, 3 of tile n), and then the rest is done (softmax
+//           of tile n, 2 of tile n + 1, 1 of tile n + 2).
 // Softmax   Matrices cannot be scaled row by row where they are. Weights are therefore relative to a reference that
 //           follows the maximum only when that has risen by more than 2^8; then, rarely, matrices go through shared
 //           memory. Weights up to 2^8 are as precise in f16 as those up to 1.
 // Needs     what the host checks: f16; no more columns than below, in multiples of 8; rows of tensors that begin at
 //           multiples of 8 elements.
 
-//#if SUBGROUPS_4
-const SUBGROUP_COUNT: u32 = 4;
-//#else
 const SUBGROUP_COUNT: u32 = 8;
-//#endif
 const THREADS: u32 = SUBGROUP_COUNT * 32u;
-const TOKENS: u32 = 32;
+const TOKENS: u32 = 16;
 //#if EMULATED
 const K_COLUMNS: u32 = 192;                     // less of everything, to fit smaller memories
 const COLUMNS: u32 = 128;
@@ -30,43 +27,31 @@ const COLUMNS: u32 = 128;
 const K_COLUMNS: u32 = 576;                     // of head_dim_k, at most
 const COLUMNS: u32 = 512;                       // of head_dim_v, at most
 //#endif
-// A token's columns in shared memory; behind them, 32 weights of row t and of row 32 + t in line t. 16 bytes more than a multiple of
-// 128, so that a matrix's rows begin in different banks.
-const WEIGHTS_AT: u32 = COLUMNS;
-const PITCH: u32 = COLUMNS + 72u;
-const SUBGROUP_TOKENS: u32 = TOKENS / SUBGROUP_COUNT;   // that a subgroup copies
 const VECTORS: u32 = K_COLUMNS / 8u;            // of 16 bytes, a token
-const LANES: u32 = min(THREADS / ROWS, 8u);     // invocations that share a row's scores, of one subgroup anywhere
-const TOKENS_PER_LANE: u32 = TOKENS / LANES;
+const SUBGROUP_TOKENS: u32 = TOKENS / SUBGROUP_COUNT;   // that a subgroup copies
+// A token's columns in shared memory. 16 bytes more than a multiple of 128, so that a matrix's rows begin in different
+// banks. Once there are scores the rope columns are of no use: line t then has weights of rows t, 16 + t, ..
+const PITCH: u32 = COLUMNS + 72u;
+const WEIGHTS_AT: u32 = COLUMNS;
+const BUFFER: u32 = TOKENS * PITCH;             // from one tile to the other
+const LANES: u32 = 4;                           // invocations that share a row's scores: 4 neighbouring tokens each
 const MAX_RISE: f32 = 8.0;
 
-// Which 16 rows, which 16 tokens and which share of the columns a subgroup multiplies for scores.
-//#if ROWS_64
-const SHARES: u32 = 2;                          // added up before they are stored: memory is for one
-const STORED_SHARES: u32 = 1;
-//#elif ROWS_32
-const SHARES: u32 = 2;
-const STORED_SHARES: u32 = 2;
-//#else
-const SHARES: u32 = 4;
-const STORED_SHARES: u32 = 4;
-//#endif
+// Each subgroup multiplies 16 rows over a share of the 16-column tiles of head_dim_k.
 const ROW_TILES: u32 = ROWS / 16u;
-const TOKENS_APART: u32 = SUBGROUP_COUNT / (ROW_TILES * SHARES);     // 1 where a subgroup has both groups of 16 tokens
-const SHARE_COLUMNS: u32 = K_COLUMNS / SHARES;
-const SHARE_PITCH: u32 = TOKENS + 4u;           // again so that rows begin in different banks
+const SHARES: u32 = SUBGROUP_COUNT / ROW_TILES;
+const K_TILES: u32 = K_COLUMNS / 16u;
 
 // Matrices go to and from memory that begins at a multiple of 16 bytes: nothing here or in decode.wgsl has a size that
 // is not one, so that the order in which a driver lays it out does not matter.
-var<workgroup> keys: array<vec4<f16>, TOKENS * PITCH / 4u>;
-// STORED_SHARES x ROWS x TOKENS; or 16 x 16 for each subgroup.
-var<workgroup> shares: array<vec4<f32>, 64u * SHARE_PITCH / 4u>;
+var<workgroup> keys: array<vec4<f16>, 2u * BUFFER / 4u>;
+var<workgroup> shares: array<vec4<f32>, 512>;   // SHARES x ROWS x TOKENS; or 16 x 16 for each subgroup
 var<workgroup> factors: array<f32, ROWS>;
-var<workgroup> risen: array<u32, 4>;            // the last step, plus 1, in which a reference had to follow
-// Where the tokens of this step and of the next are, in units of 16 bytes, and whether they are there: all bits or none.
+var<workgroup> risen: array<u32, 4>;            // the last tile, plus 1, in which a reference had to follow
+// Where the tokens of four tiles are, in units of 16 bytes, and whether they are there: all bits or none.
 var<workgroup> ckv_tokens: array<u32, 64>;
 var<workgroup> kpe_tokens: array<u32, 64>;
-var<workgroup> present: array<u32, 64>;
+var<workgroup> present: array<vec4<u32>, 16>;
 
 //#if EMULATED
 // For tests, on adapters without such matrices. A factor is where it lies: in shared memory, or, of queries, in copies
@@ -109,28 +94,18 @@ fn multiply_add(a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC {
     }
     return sum;
 }
-fn plus(a: MatrixC, b: MatrixC) -> MatrixC {
-    var x = a;
-    var y = b;
-    for (var e = 0u; e < 8u; e += 1u) {
-        x[e] += y[e];
-    }
-    return x;
-}
-fn store_share(m: MatrixC, at: u32, pitch: u32) {
+fn store_share(m: MatrixC, share: u32) {
     var x = m;
     for (var e = 0u; e < 8u; e += 1u) {
         let i = invocation + e * 32u;
-        let to = at + i / 16u * pitch + i % 16u;
-        shares[to / 4u][to % 4u] = x[e];
+        shares[share * 64u + i / 4u][i % 4u] = x[e];
     }
 }
-fn load_share(at: u32, pitch: u32) -> MatrixC {
+fn load_share(share: u32) -> MatrixC {
     var m: MatrixC;
     for (var e = 0u; e < 8u; e += 1u) {
         let i = invocation + e * 32u;
-        let source = at + i / 16u * pitch + i % 16u;
-        m[e] = shares[source / 4u][source % 4u];
+        m[e] = shares[share * 64u + i / 4u][i % 4u];
     }
     return m;
 }
@@ -153,14 +128,12 @@ fn load_weights(at: u32) -> MatrixA { return coopLoadT<MatrixA>(&keys[at / 4u], 
 fn load_keys(at: u32) -> MatrixB { return coopLoad<MatrixB>(&keys[at / 4u], PITCH / 4u); }
 fn load_values(at: u32) -> MatrixB { return coopLoadT<MatrixB>(&keys[at / 4u], PITCH / 4u); }
 fn multiply_add(a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC { return coopMultiplyAdd(a, b, c); }
-fn plus(a: MatrixC, b: MatrixC) -> MatrixC { return a + b; }
-// naga 30 needs what a matrix is stored with to have been computed before.
-fn store_share(m: MatrixC, at: u32, pitch: u32) {
-    let to = at / 4u;
-    let vectors = pitch / 4u;
-    coopStoreT(m, &shares[to], vectors);
+// Of shares[16 * 4 * share], 16 x 16. naga 30 needs what a matrix is stored with to have been computed before.
+fn store_share(m: MatrixC, share: u32) {
+    let at = share * 64u;
+    coopStoreT(m, &shares[at], 4u);
 }
-fn load_share(at: u32, pitch: u32) -> MatrixC { return coopLoadT<MatrixC>(&shares[at / 4u], pitch / 4u); }
+fn load_share(share: u32) -> MatrixC { return coopLoadT<MatrixC>(&shares[share * 64u], 4u); }
 fn store_accumulators(m: MatrixC, at: u32) {
     let pitch = params.head_dim_v;
     coopStoreT(m, &workspace[at], pitch);
@@ -168,15 +141,18 @@ fn store_accumulators(m: MatrixC, at: u32) {
 //#endif
 
 // The page of a token, in this window or beyond.
-fn page_of(table_row: u32, token: u32) -> u32 {
+fn page_of(table_row: u32, token: u32, end: u32) -> u32 {
+    if token >= end {
+        return NOWHERE;
+    }
     return u32(block_table[table_row + token / params.page_size]) - params.first_page;
 }
 
-// The first step from `first` on that has anything in this window of pages.
+// The first tile from token `first` on that has anything in this window of pages.
 fn seek(table_row: u32, first: u32, end: u32) -> u32 {
     var step = first;
     if params.windows > 1u && params.page_size % TOKENS == 0u {
-        while step < end && page_of(table_row, step) >= params.window_pages {
+        while step < end && page_of(table_row, step, end) >= params.window_pages {
             step += TOKENS;
         }
     }
@@ -184,37 +160,42 @@ fn seek(table_row: u32, first: u32, end: u32) -> u32 {
 }
 
 // Where a token is: to slot `slot` of the offsets. Of what is not to be read the first of all is, and discarded.
-fn locate(page: u32, token: u32, end: u32, kv_head: u32, slot: u32) {
+fn locate(page: u32, token: u32, kv_head: u32, slot: u32) {
     let in_page = token % params.page_size;
-    let exists = token < end && page < params.window_pages;
+    let exists = page < params.window_pages;
     let ckv_at = params.ckv.x + page * params.ckv.y + in_page * params.ckv.z + kv_head * params.ckv.w;
     let kpe_at = params.kpe.x + page * params.kpe.y + in_page * params.kpe.z + kv_head * params.kpe.w;
     ckv_tokens[slot] = select(0u, ckv_at / 8u, exists);
     kpe_tokens[slot] = select(0u, kpe_at / 8u, exists);
-    present[slot] = select(0u, 0xffffffffu, exists);
+    present[slot / 4u][slot % 4u] = select(0u, 0xffffffffu, exists);
 }
 
-// A subgroup copies some tokens, an invocation LOADS vectors of 16 bytes: load `n` is of this token and this vector of it.
+// A subgroup copies SUBGROUP_TOKENS tokens, an invocation LOADS vectors of 16 bytes: load `n` is of this token and this
+// vector of it, if that exists.
 struct Vector {
     token: u32,
     vector: u32,
+    exists: bool,
 }
 fn vector_of(n: u32, subgroup: u32, invocation: u32) -> Vector {
 //#if EMULATED
     let i = n * 32u + invocation;
-    return Vector(subgroup * SUBGROUP_TOKENS + i / VECTORS, i % VECTORS);
+    return Vector(subgroup * SUBGROUP_TOKENS + i / VECTORS, i % VECTORS, i < SUBGROUP_TOKENS * VECTORS);
 //#else
-    // Two loads for the first 512 columns of each token, and one for what is left of four.
+    // Two loads for the first 512 columns of each token, and one for what is left of all.
     if n < SUBGROUP_TOKENS * 2u {
-        return Vector(subgroup * SUBGROUP_TOKENS + n / 2u, n % 2u * 32u + invocation);
+        return Vector(subgroup * SUBGROUP_TOKENS + n / 2u, n % 2u * 32u + invocation, true);
     }
-    return Vector(subgroup * SUBGROUP_TOKENS + (n - SUBGROUP_TOKENS * 2u) * 4u + invocation / 8u, 64u + invocation % 8u);
+    return Vector(subgroup * SUBGROUP_TOKENS + invocation / 8u, 64u + invocation % 8u, invocation < SUBGROUP_TOKENS * 8u);
 //#endif
 }
 
-// 16 bytes of a key, or of a query row; beyond head_dim_k 0.
-fn key_vector(n: u32, half: u32, place: Vector) -> vec4<u32> {
-    let slot = half + place.token;
+// 16 bytes of a key; beyond head_dim_k 0.
+fn key_vector(n: u32, tile: u32, place: Vector) -> vec4<u32> {
+    if !place.exists {
+        return vec4<u32>(0u);
+    }
+    let slot = tile % 4u * TOKENS + place.token;
 //#if FULL
 //#if EMULATED
     let in_v = place.vector < COLUMNS / 8u;
@@ -236,6 +217,7 @@ fn key_vector(n: u32, half: u32, place: Vector) -> vec4<u32> {
     return vec4<u32>(0u);
 //#endif
 }
+// 16 bytes of a query row; beyond head_dim_k, and of rows that do not exist, 0.
 fn query_vector(row: u32, vector: u32) -> vec4<u32> {
     let at = q_nope_rows[row];
     let column = vector * 8u;
@@ -247,13 +229,17 @@ fn query_vector(row: u32, vector: u32) -> vec4<u32> {
     }
     return q_pe[(q_pe_rows[row] + column - params.head_dim_v) / 8u];
 }
-fn store_vector(row: u32, vector: u32, v: vec4<u32>) {
-    let at = row * (PITCH / 4u) + vector * 2u;
+fn store_vector(line: u32, vector: u32, v: vec4<u32>) {
+    let at = line * (PITCH / 4u) + vector * 2u;
     keys[at] = vec4<f16>(halves(v.x), halves(v.y));
     keys[at + 1u] = vec4<f16>(halves(v.z), halves(v.w));
 }
-fn store_key(half: u32, place: Vector, v: vec4<u32>) {
-    store_vector(place.token, place.vector, v & vec4<u32>(present[half + place.token]));
+fn store_key(tile: u32, place: Vector, v: vec4<u32>) {
+    if place.exists {
+        let slot = tile % 4u * TOKENS + place.token;
+        let there = vec4<u32>(present[slot / 4u][slot % 4u]);
+        store_vector(tile % 2u * TOKENS + place.token, place.vector, v & there);
+    }
 }
 
 // The sum of `value`, or its maximum, over the lanes of a row, which are neighbours.
@@ -284,15 +270,19 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     let kv_head = row_of(tile, 0u).kv_head;
     let table_row = params.block_table.x + request * params.block_table.y;
     let column = subgroup * (COLUMNS / SUBGROUP_COUNT);     // the subgroup's first column of V
-
     let row_tile = subgroup % ROW_TILES;
-    let token_tile = subgroup / ROW_TILES % TOKENS_APART;
-    let share = subgroup / (ROW_TILES * TOKENS_APART);
+    let share = subgroup / ROW_TILES;
+    let first_k = share * K_TILES / SHARES * 16u;           // and of K
+    let stored_share = share * ROW_TILES + row_tile;
 
     // Queries, by way of the memory that keys will have: 32 rows at a time.
 //#for q QUERY_TILES
     var q_$q: MatrixA;
 //#endfor
+//#if ODD_TILES
+    var q_more: MatrixA;                // every other subgroup has one tile of columns more
+    let has_more = share % 2u == 1u;
+//#endif
     for (var first = 0u; first < ROWS; first += 32u) {
         workgroupBarrier();
         for (var n = thread; n < min(ROWS, 32u) * VECTORS; n += THREADS) {
@@ -300,12 +290,15 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
         }
         workgroupBarrier();
         if row_tile / 2u == first / 32u {
-            let at = row_tile % 2u * 16u * PITCH + share * SHARE_COLUMNS;
 //#for q QUERY_TILES
-            q_$q = load_queries(at + $qu * 16u, $qu);
+            q_$q = load_queries(row_tile % 2u * BUFFER + first_k + $qu * 16u, $qu);
 //#endfor
+//#if ODD_TILES
+            q_more = load_queries(row_tile % 2u * BUFFER + first_k + (K_TILES / SHARES) * 16u, K_TILES / SHARES);
+//#endif
         }
     }
+    workgroupBarrier();
 
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
@@ -320,189 +313,120 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
         risen[0] = 0u;
     }
 
-    var step = seek(table_row, begin, end);
-    var next_step = seek(table_row, step + TOKENS, end);
-    var here = 0u;                      // the half of the offsets that is this step's
-    var next_page = NOWHERE;            // of invocation t: the page of token t of the next step
+    // Tile n is multiplied with queries. Tile n - 1 is multiplied with weights: before the first, nothing with nothing.
+    for (var i = thread; i < BUFFER / 4u; i += THREADS) {
+        keys[BUFFER / 4u + i] = vec4<f16>(0.0);
+    }
+    var step = seek(table_row, begin, end);                 // the first token of tile n
+    var step_1 = seek(table_row, step + TOKENS, end);       // of n + 1
+    var step_2 = seek(table_row, step_1 + TOKENS, end);     // of n + 2
+    var page_2 = NOWHERE;               // of invocation t: the page of token t of tile n + 2
     if thread < TOKENS {
-        var page = NOWHERE;
-        if step + thread < end {
-            page = page_of(table_row, step + thread);
-        }
-        locate(page, step + thread, end, kv_head, thread);
-        if next_step + thread < end {
-            next_page = page_of(table_row, next_step + thread);
-        }
+        locate(page_of(table_row, step + thread, end), step + thread, kv_head, thread);
+        locate(page_of(table_row, step_1 + thread, end), step_1 + thread, kv_head, TOKENS + thread);
+        page_2 = page_of(table_row, step_2 + thread, end);
     }
     workgroupBarrier();
-//#for n LOADS
-    let place_$n = vector_of($nu, subgroup, thread % 32u);
+//#for l LOADS
+    let place_$l = vector_of($lu, subgroup, thread % 32u);
+    var next_$l = key_vector($lu, 0u, place_$l);
 //#endfor
-//#if PREFETCH
-//#for n LOADS
-    var next_$n = key_vector($nu, here, place_$n);
+//#for l LOADS
+    store_key(0u, place_$l, next_$l);
+    next_$l = key_vector($lu, 1u, place_$l);
 //#endfor
-//#endif
-//#if TOUCH
-    var touched = 0u;
-//#endif
-    while step < end {
-        let step_after = seek(table_row, next_step + TOKENS, end);
-        let there = TOKENS - here;
-//#if PREFETCH
-        workgroupBarrier();             // the step before has been read
-//#for n LOADS
-        store_key(here, place_$n, next_$n);
-//#endfor
-//#elif SUBGROUPS_4
-        workgroupBarrier();
-//#for n LOADS
-        store_key(here, place_$n, key_vector($nu, here, place_$n));
-//#endfor
-//#else
-//#for n LOADS
-        let next_$n = key_vector($nu, here, place_$n);
-//#endfor
-        workgroupBarrier();             // the step before has been read
-//#for n LOADS
-        store_key(here, place_$n, next_$n);
-//#endfor
-//#endif
-        if thread < TOKENS {
-            locate(next_page, next_step + thread, end, kv_head, there + thread);
-            if step_after + thread < end {
-                next_page = page_of(table_row, step_after + thread);
-            }
-        }
-        workgroupBarrier();
-//#if TOUCH
-        // Has the next step's lines of 128 bytes brought near.
-        for (var i = thread; i < TOKENS * 8u; i += THREADS) {
-            touched |= ckv[ckv_tokens[there + i / 8u] + min(i % 8u * 8u, COLUMNS / 8u - 1u)].x;
-        }
-        if thread < TOKENS {
-            touched |= kpe[kpe_tokens[there + thread]].x;
-        }
-//#endif
+    workgroupBarrier();
 
-        // Scores.
-        let first_key = token_tile * 16u * PITCH + share * SHARE_COLUMNS;
-//#for s SCORE_TILES
-        var score_$s: MatrixC;
-        score_$s = MatrixC();
+    for (var n = 0u; ; n += 1u) {
+        // The matrices.
+        let there = (n + 1u) % 2u * BUFFER;                 // tile n - 1
+        let here = n % 2u * BUFFER;
+//#for m MATRIX_ROWS
+        let weights_$m = load_weights(there + WEIGHTS_AT + $mu * 16u);
 //#endfor
+        var score: MatrixC;
+        score = MatrixC();
 //#for q QUERY_TILES
-//#for s SCORE_TILES
-        score_$s = multiply_add(q_$q, load_keys(first_key + $su * 16u * PITCH + $qu * 16u), score_$s);
+        score = multiply_add(q_$q, load_keys(here + first_k + $qu * 16u), score);
+//#endfor
+//#if ODD_TILES
+        if has_more {
+            score = multiply_add(q_more, load_keys(here + first_k + (K_TILES / SHARES) * 16u), score);
+        }
+//#endif
+//#for c MATRIX_COLUMNS
+        let v_$c = load_values(there + column + $cu * 16u);
+//#for m MATRIX_ROWS
+        sum_$m_$c = multiply_add(weights_$m, v_$c, sum_$m_$c);
 //#endfor
 //#endfor
-        let share_at = ((share % STORED_SHARES) * ROWS + row_tile * 16u) * SHARE_PITCH + token_tile * 16u;
-//#if ROWS_64
-        if share == 1u {
-//#for s SCORE_TILES
-            store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
-//#endfor
+        if step >= end {
+            break;
+        }
+        store_share(score, stored_share);
+        let step_3 = seek(table_row, step_2 + TOKENS, end);
+        if thread < TOKENS {
+            locate(page_2, step_2 + thread, kv_head, (n + 2u) % 4u * TOKENS + thread);
+            page_2 = page_of(table_row, step_3 + thread, end);
         }
         workgroupBarrier();
-        if share == 0u {
-//#for s SCORE_TILES
-            score_$s = plus(score_$s, load_share(share_at + $su * 16u, SHARE_PITCH));
-            store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
-//#endfor
-        }
-//#else
-//#for s SCORE_TILES
-        store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
-//#endfor
-//#endif
-        workgroupBarrier();
-//#if PREFETCH
-//#for n LOADS
-        next_$n = key_vector($nu, there, place_$n);
-//#endfor
-//#endif
 
-        // Softmax: this lane has 4 or 8 neighbouring tokens. One that the row does not see, or that is in another window,
-        // weighs exactly 0.
-        let first_token = lane * TOKENS_PER_LANE;
-        var highest = LOWEST;
-//#for i LANE_VECTORS
-        var score_at_$i = shares[(row * SHARE_PITCH + first_token) / 4u + $iu];
-        for (var s = 1u; s < STORED_SHARES; s += 1u) {
-            score_at_$i += shares[((s * ROWS + row) * SHARE_PITCH + first_token) / 4u + $iu];
-        }
-        score_at_$i *= params.scale_log2;
-        let token_$i = step + first_token + $iu * 4u + vec4<u32>(0u, 1u, 2u, 3u);
-        let slot_$i = here + first_token + $iu * 4u;
-        let there_$i = vec4<u32>(present[slot_$i], present[slot_$i + 1u], present[slot_$i + 2u], present[slot_$i + 3u]);
-        let seen_$i = (token_$i < vec4<u32>(ends[row])) & (there_$i != vec4<u32>(0u));
-        score_at_$i = select(vec4<f32>(LOWEST), score_at_$i, seen_$i);
-        highest = max(highest, max(max(score_at_$i.x, score_at_$i.y), max(score_at_$i.z, score_at_$i.w)));
+        // The tile after this one, and the one after that.
+//#for l LOADS
+        store_key(n + 1u, place_$l, next_$l);
+        next_$l = key_vector($lu, n + 2u, place_$l);
 //#endfor
-        highest = row_max(highest);
-        var factor = 1.0;
-        if highest > top + MAX_RISE || (top == LOWEST && highest > LOWEST) {
-            factor = exp2(top - highest);
-            if top != LOWEST && has_row {
-                risen[0] = step + 1u;   // several may write: the same number
-            }
-            top = highest;
-            sum *= factor;
-            lse_sum *= factor;
-        }
-        if has_row && lane == 0u {
-            factors[row] = factor;
-        }
-        let weights_at = (row % 32u * PITCH + WEIGHTS_AT + row / 32u * 32u + first_token) / 4u;
-//#for i LANE_VECTORS
-        let weight_$i = select(vec4<f32>(0.0), exp2(score_at_$i - top), seen_$i);
-        let rounded_$i = vec4<f16>(weight_$i);
-        lse_sum += weight_$i.x + weight_$i.y + weight_$i.z + weight_$i.w;
-        let as_multiplied_$i = vec4<f32>(rounded_$i);
-        sum += as_multiplied_$i.x + as_multiplied_$i.y + as_multiplied_$i.z + as_multiplied_$i.w;
+
+        // Softmax. A token that the row does not see, or that is in another window, weighs exactly 0.
         if has_row {
-            keys[weights_at + $iu] = rounded_$i;
-        }
+            let at = row * LANES + lane;
+            var scores = shares[at];
+//#for s MORE_SHARES
+            scores += shares[($su + 1u) * ROWS * LANES + at];
 //#endfor
-        let rescale = workgroupUniformLoad(&risen[0]) == step + 1u;
-        if rescale {
-            // The shares have been read: their memory serves, 16 x 16 for each subgroup.
+            let token = step + lane * 4u + vec4<u32>(0u, 1u, 2u, 3u);
+            let seen = (token < vec4<u32>(ends[row])) & (present[n % 4u * LANES + lane] != vec4<u32>(0u));
+            scores = select(vec4<f32>(LOWEST), scores * params.scale_log2, seen);
+            let highest = row_max(max(max(scores.x, scores.y), max(scores.z, scores.w)));
+            var factor = 1.0;
+            if highest > top + MAX_RISE || (top == LOWEST && highest > LOWEST) {
+                factor = exp2(top - highest);
+                if top != LOWEST {
+                    risen[0] = n + 1u;  // several may write: the same number
+                }
+                top = highest;
+                sum *= factor;
+                lse_sum *= factor;
+            }
+            if lane == 0u {
+                factors[row] = factor;
+            }
+            let weights = select(vec4<f32>(0.0), exp2(scores - top), seen);
+            let rounded = vec4<f16>(weights);
+            let as_multiplied = vec4<f32>(rounded);
+            lse_sum += weights.x + weights.y + weights.z + weights.w;
+            sum += as_multiplied.x + as_multiplied.y + as_multiplied.z + as_multiplied.w;
+            keys[(here + row % 16u * PITCH + WEIGHTS_AT + row / 16u * 16u) / 4u + lane] = rounded;
+        }
+        if workgroupUniformLoad(&risen[0]) == n + 1u {
+            // The shares have been read: their memory serves.
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
-            store_share(sum_$m_$c, subgroup * 256u, 16u);
+            store_share(sum_$m_$c, subgroup);
             workgroupBarrier();
             for (var i = thread % 32u; i < 64u; i += 32u) {
                 shares[subgroup * 64u + i] *= factors[$mu * 16u + i / 4u];
             }
             workgroupBarrier();
-            sum_$m_$c = load_share(subgroup * 256u, 16u);
+            sum_$m_$c = load_share(subgroup);
             workgroupBarrier();
 //#endfor
 //#endfor
         }
-
-        // Weights x V, 16 tokens at a time.
-//#for g 2
-//#for m MATRIX_ROWS
-        let weights_$g_$m = load_weights($mu % 2u * 16u * PITCH + WEIGHTS_AT + $mu / 2u * 32u + $gu * 16u);
-//#endfor
-//#for c MATRIX_COLUMNS
-        let v_$g_$c = load_values($gu * 16u * PITCH + column + $cu * 16u);
-//#for m MATRIX_ROWS
-        sum_$m_$c = multiply_add(weights_$g_$m, v_$g_$c, sum_$m_$c);
-//#endfor
-//#endfor
-//#endfor
-        step = next_step;
-        next_step = step_after;
-        here = there;
+        step = step_1;
+        step_1 = step_2;
+        step_2 = step_3;
     }
-//#if TOUCH
-    // What was brought near must seem to be of use.
-    if params.padding_1 != 0u {
-        risen[0] = touched;
-    }
-//#endif
 
     let partial_row = slot * params.row_tiles * ROWS + (tile - params.first_row_tile) * ROWS;
     let all = row_sum(sum);

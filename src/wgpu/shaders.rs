@@ -136,19 +136,14 @@ impl Path {
             Path::Plain => return vec![],
             Path::Subgroups => return vec!["SUBGROUPS"],
             Path::NativeF16 => return vec!["SUBGROUPS", "NATIVE_F16"],
-            Path::Matrix16 | Path::EmulatedMatrix16 => vec!["PREFETCH"],
-            Path::Matrix32 | Path::EmulatedMatrix32 => vec!["PREFETCH", "ROWS_32"],
-            // All registers are for sums and queries.
-            Path::Matrix64 | Path::EmulatedMatrix64 if full => vec!["TOUCH", "ROWS_64"],
+            // 36 or 12 tiles of 16 columns, over 8 subgroups.
+            Path::Matrix16 | Path::EmulatedMatrix16 => vec!["ODD_TILES"],
+            Path::Matrix32 | Path::EmulatedMatrix32 => vec!["ROWS_32"],
             Path::Matrix64 | Path::EmulatedMatrix64 => vec!["ROWS_64"],
         };
         defines.extend(["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX"]);
         defines.extend(self.is_emulated().then_some("EMULATED"));
         defines.extend(full.then_some("FULL"));
-        if self.subgroups() == 4 {
-            defines.retain(|d| *d != "PREFETCH");
-            defines.extend(["SUBGROUPS_4", "TOUCH"]);
-        }
         defines
     }
 
@@ -181,27 +176,20 @@ impl Path {
         }
     }
 
-    /// Subgroups of a workgroup: `SUBGROUP_COUNT` of matrix.wgsl.
-    fn subgroups(self) -> usize {
-        if self == Path::Matrix32 && std::env::var_os("POLYMLA_S4").is_some() { 4 } else { 8 }
-    }
-
     /// How often the template repeats what is done for each matrix: the numbers of matrix.wgsl.
     fn counts(self) -> Vec<(&'static str, usize)> {
         if !self.is_matrix() {
             return vec![];
         }
-        let (subgroups, tokens, rows) = (self.subgroups(), 32, self.rows());
+        let (subgroups, tokens, rows) = (8, 16, self.rows());
         let (k_columns, columns) = self.most_columns();
-        let shares = if rows == 16 { 4 } else { 2 };
-        let apart = subgroups / (rows / 16 * shares);
+        let shares = subgroups / (rows / 16);
         vec![
             ("MATRIX_ROWS", rows / 16),
             ("MATRIX_COLUMNS", columns / 16 / subgroups),
             ("QUERY_TILES", k_columns / 16 / shares),
-            ("SCORE_TILES", tokens / 16 / apart),
-            ("LOADS", tokens * k_columns / 8 / (subgroups * 32)),
-            ("LANE_VECTORS", tokens / (subgroups * 32 / rows).min(8) / 4),
+            ("MORE_SHARES", shares - 1),
+            ("LOADS", (tokens * k_columns / 8).div_ceil(subgroups * 32)),
         ]
     }
 }
