@@ -17,7 +17,11 @@
 // Needs     what the host checks: f16; no more columns than below, in multiples of 8; rows of tensors that begin at
 //           multiples of 8 elements.
 
+//#if SUBGROUPS_16
+const SUBGROUP_COUNT: u32 = 16;
+//#else
 const SUBGROUP_COUNT: u32 = 8;
+//#endif
 const THREADS: u32 = SUBGROUP_COUNT * 32u;
 const TOKENS: u32 = 16;
 //#if EMULATED
@@ -37,18 +41,26 @@ const BUFFER: u32 = TOKENS * PITCH;             // from one tile to the other
 const LANES: u32 = 4;                           // invocations that share a row's scores: 4 neighbouring tokens each
 const MAX_RISE: f32 = 8.0;
 
-// Each subgroup multiplies 16 rows over a share of the 16-column tiles of head_dim_k.
+// For scores, a subgroup multiplies 16 rows over a share of head_dim_k's columns. Some may have none to multiply.
 const ROW_TILES: u32 = ROWS / 16u;
-const SHARES: u32 = SUBGROUP_COUNT / ROW_TILES;
-const K_TILES: u32 = K_COLUMNS / 16u;
+//#if ROWS_64
+const SHARES: u32 = 2;
+//#elif ROWS_32
+const SHARES: u32 = 4;
+//#elif SUBGROUPS_16
+const SHARES: u32 = 9;
+//#else
+const SHARES: u32 = 6;
+//#endif
+const SHARE_COLUMNS: u32 = K_COLUMNS / SHARES;
 
 // Matrices go to and from memory that begins at a multiple of 16 bytes: nothing here or in decode.wgsl has a size that
 // is not one, so that the order in which a driver lays it out does not matter.
 var<workgroup> keys: array<vec4<f16>, 2u * BUFFER / 4u>;
-var<workgroup> shares: array<vec4<f32>, 512>;   // SHARES x ROWS x TOKENS; or 16 x 16 for each subgroup
+var<workgroup> shares: array<vec4<f32>, max(SHARES * ROWS * 4u, 512u)>;    // x TOKENS; or 16 x 16 for each of 8 subgroups
 var<workgroup> factors: array<f32, ROWS>;
 var<workgroup> risen: array<u32, 4>;            // the last tile, plus 1, in which a reference had to follow
-// Where the tokens of four tiles are, in units of 16 bytes, and whether they are there: all bits or none.
+// Where the tokens of four tiles are, in units of 16 bytes, and whether they are there.
 var<workgroup> ckv_tokens: array<u32, 64>;
 var<workgroup> kpe_tokens: array<u32, 64>;
 var<workgroup> present: array<vec4<u32>, 16>;
@@ -140,34 +152,55 @@ fn store_accumulators(m: MatrixC, at: u32) {
 }
 //#endif
 
+// Where a token is: its column of the block table, and its place in the page.
+struct Position {
+    page_at: u32,
+    in_page: u32,
+}
+fn position_of(token: u32) -> Position {
+    return Position(token / params.page_size, token % params.page_size);
+}
+
 // The page of a token, in this window or beyond.
-fn page_of(table_row: u32, token: u32, end: u32) -> u32 {
+fn page_of(table_row: u32, at: Position, token: u32, end: u32) -> u32 {
     if token >= end {
         return NOWHERE;
     }
-    return u32(block_table[table_row + token / params.page_size]) - params.first_page;
+    return u32(block_table[table_row + at.page_at]) - params.first_page;
 }
 
 // The first tile from token `first` on that has anything in this window of pages.
 fn seek(table_row: u32, first: u32, end: u32) -> u32 {
     var step = first;
     if params.windows > 1u && params.page_size % TOKENS == 0u {
-        while step < end && page_of(table_row, step, end) >= params.window_pages {
+        while step < end && page_of(table_row, position_of(step), step, end) >= params.window_pages {
             step += TOKENS;
         }
     }
     return step;
 }
 
-// Where a token is: to slot `slot` of the offsets. Of what is not to be read the first of all is, and discarded.
-fn locate(page: u32, token: u32, kv_head: u32, slot: u32) {
-    let in_page = token % params.page_size;
+// The position TOKENS tokens on, or wherever the next tile of this window is.
+fn advance(at: Position, token: u32) -> Position {
+    if params.windows > 1u {
+        return position_of(token);
+    }
+    var next = Position(at.page_at, at.in_page + TOKENS);       // without a division
+    while next.in_page >= params.page_size {
+        next.in_page -= params.page_size;
+        next.page_at += 1u;
+    }
+    return next;
+}
+
+// Leaves where a token is in slot `slot` of the offsets. Of what is not to be read the first of all is, and discarded.
+fn locate(page: u32, in_page: u32, kv_head: u32, slot: u32) {
     let exists = page < params.window_pages;
     let ckv_at = params.ckv.x + page * params.ckv.y + in_page * params.ckv.z + kv_head * params.ckv.w;
     let kpe_at = params.kpe.x + page * params.kpe.y + in_page * params.kpe.z + kv_head * params.kpe.w;
     ckv_tokens[slot] = select(0u, ckv_at / 8u, exists);
     kpe_tokens[slot] = select(0u, kpe_at / 8u, exists);
-    present[slot / 4u][slot % 4u] = select(0u, 0xffffffffu, exists);
+    present[slot / 4u][slot % 4u] = u32(exists);
 }
 
 // A subgroup copies SUBGROUP_TOKENS tokens, an invocation LOADS vectors of 16 bytes: load `n` is of this token and this
@@ -191,9 +224,9 @@ fn vector_of(n: u32, subgroup: u32, invocation: u32) -> Vector {
 }
 
 // 16 bytes of a key; beyond head_dim_k 0.
-fn key_vector(n: u32, tile: u32, place: Vector) -> vec4<u32> {
+fn key_vector(n: u32, tile: u32, place: Vector) -> Eight {
     if !place.exists {
-        return vec4<u32>(0u);
+        return Eight();
     }
     let slot = tile % 4u * TOKENS + place.token;
 //#if FULL
@@ -203,42 +236,41 @@ fn key_vector(n: u32, tile: u32, place: Vector) -> vec4<u32> {
     let in_v = n < SUBGROUP_TOKENS * 2u;
 //#endif
     if in_v {
-        return ckv[ckv_tokens[slot] + place.vector];
+        return ckv_eight(ckv_tokens[slot] + place.vector);
     }
-    return kpe[kpe_tokens[slot] + place.vector - COLUMNS / 8u];
+    return kpe_eight(kpe_tokens[slot] + place.vector - COLUMNS / 8u);
 //#else
     let column = place.vector * 8u;
     if column < params.head_dim_v {
-        return ckv[ckv_tokens[slot] + place.vector];
+        return ckv_eight(ckv_tokens[slot] + place.vector);
     }
     if column < params.head_dim_k {
-        return kpe[kpe_tokens[slot] + (column - params.head_dim_v) / 8u];
+        return kpe_eight(kpe_tokens[slot] + (column - params.head_dim_v) / 8u);
     }
-    return vec4<u32>(0u);
+    return Eight();
 //#endif
 }
 // 16 bytes of a query row; beyond head_dim_k, and of rows that do not exist, 0.
-fn query_vector(row: u32, vector: u32) -> vec4<u32> {
+fn query_vector(row: u32, vector: u32) -> Eight {
     let at = q_nope_rows[row];
     let column = vector * 8u;
     if at == NOWHERE || column >= params.head_dim_k {
-        return vec4<u32>(0u);
+        return Eight();
     }
     if column < params.head_dim_v {
-        return q_nope[(at + column) / 8u];
+        return q_nope_eight((at + column) / 8u);
     }
-    return q_pe[(q_pe_rows[row] + column - params.head_dim_v) / 8u];
+    return q_pe_eight((q_pe_rows[row] + column - params.head_dim_v) / 8u);
 }
-fn store_vector(line: u32, vector: u32, v: vec4<u32>) {
+fn store_vector(line: u32, vector: u32, v: Eight, exists: bool) {
     let at = line * (PITCH / 4u) + vector * 2u;
-    keys[at] = vec4<f16>(halves(v.x), halves(v.y));
-    keys[at + 1u] = vec4<f16>(halves(v.z), halves(v.w));
+    keys[at] = select(vec4<f16>(), first_half(v), exists);
+    keys[at + 1u] = select(vec4<f16>(), second_half(v), exists);
 }
-fn store_key(tile: u32, place: Vector, v: vec4<u32>) {
+fn store_key(tile: u32, place: Vector, v: Eight) {
     if place.exists {
         let slot = tile % 4u * TOKENS + place.token;
-        let there = vec4<u32>(present[slot / 4u][slot % 4u]);
-        store_vector(tile % 2u * TOKENS + place.token, place.vector, v & there);
+        store_vector(tile % 2u * TOKENS + place.token, place.vector, v, present[slot / 4u][slot % 4u] != 0u);
     }
 }
 
@@ -258,6 +290,11 @@ fn row_max(value: f32) -> f32 {
     return m;
 }
 
+// A barrier that naga lets stand where only a reader sees that all invocations pass.
+fn settle() {
+    workgroupBarrier();
+}
+
 // Tokens [begin, end) of a request, for one row tile; the result goes to row `slot` of the partial results.
 fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice: u32, thread: u32) {
     let row = thread / LANES % ROWS;    // for softmax, and whether there is one
@@ -272,30 +309,23 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     let column = subgroup * (COLUMNS / SUBGROUP_COUNT);     // the subgroup's first column of V
     let row_tile = subgroup % ROW_TILES;
     let share = subgroup / ROW_TILES;
-    let first_k = share * K_TILES / SHARES * 16u;           // and of K
-    let stored_share = share * ROW_TILES + row_tile;
+    let multiplies = share < SHARES;                        // queries; all have columns of V
+    let first_k = min(share, SHARES - 1u) * SHARE_COLUMNS;
 
     // Queries, by way of the memory that keys will have: 32 rows at a time.
 //#for q QUERY_TILES
     var q_$q: MatrixA;
 //#endfor
-//#if ODD_TILES
-    var q_more: MatrixA;                // every other subgroup has one tile of columns more
-    let has_more = share % 2u == 1u;
-//#endif
     for (var first = 0u; first < ROWS; first += 32u) {
         workgroupBarrier();
         for (var n = thread; n < min(ROWS, 32u) * VECTORS; n += THREADS) {
-            store_vector(n / VECTORS, n % VECTORS, query_vector(first + n / VECTORS, n % VECTORS));
+            store_vector(n / VECTORS, n % VECTORS, query_vector(first + n / VECTORS, n % VECTORS), true);
         }
         workgroupBarrier();
         if row_tile / 2u == first / 32u {
 //#for q QUERY_TILES
             q_$q = load_queries(row_tile % 2u * BUFFER + first_k + $qu * 16u, $qu);
 //#endfor
-//#if ODD_TILES
-            q_more = load_queries(row_tile % 2u * BUFFER + first_k + (K_TILES / SHARES) * 16u, K_TILES / SHARES);
-//#endif
         }
     }
     workgroupBarrier();
@@ -315,117 +345,160 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 
     // Tile n is multiplied with queries. Tile n - 1 is multiplied with weights: before the first, nothing with nothing.
     for (var i = thread; i < BUFFER / 4u; i += THREADS) {
-        keys[BUFFER / 4u + i] = vec4<f16>(0.0);
+        keys[BUFFER / 4u + i] = vec4<f16>();
     }
     var step = seek(table_row, begin, end);                 // the first token of tile n
-    var step_1 = seek(table_row, step + TOKENS, end);       // of n + 1
-    var step_2 = seek(table_row, step_1 + TOKENS, end);     // of n + 2
-    var page_2 = NOWHERE;               // of invocation t: the page of token t of tile n + 2
-    if thread < TOKENS {
-        locate(page_of(table_row, step + thread, end), step + thread, kv_head, thread);
-        locate(page_of(table_row, step_1 + thread, end), step_1 + thread, kv_head, TOKENS + thread);
-        page_2 = page_of(table_row, step_2 + thread, end);
+    var step_1 = seek(table_row, step + TOKENS, end);       // of n + 1, ..
+    var step_2 = seek(table_row, step_1 + TOKENS, end);
+    var step_3 = seek(table_row, step_2 + TOKENS, end);
+    // The last subgroup finds out where tokens are: one of tile n + 3 an invocation.
+    let locates = thread >= THREADS - TOKENS;
+    let located = thread % TOKENS;
+    var position = position_of(step_3 + located);
+    var page = NOWHERE;
+    if locates {
+        let at_0 = position_of(step + located);
+        let at_1 = position_of(step_1 + located);
+        let at_2 = position_of(step_2 + located);
+        locate(page_of(table_row, at_0, step + located, end), at_0.in_page, kv_head, located);
+        locate(page_of(table_row, at_1, step_1 + located, end), at_1.in_page, kv_head, TOKENS + located);
+        locate(page_of(table_row, at_2, step_2 + located, end), at_2.in_page, kv_head, 2u * TOKENS + located);
+        page = page_of(table_row, position, step_3 + located, end);
     }
     workgroupBarrier();
 //#for l LOADS
     let place_$l = vector_of($lu, subgroup, thread % 32u);
-    var next_$l = key_vector($lu, 0u, place_$l);
+    var next_0_$l = key_vector($lu, 0u, place_$l);
+//#if DEPTH_2
+    var next_1_$l = key_vector($lu, 2u, place_$l);
+//#endif
 //#endfor
 //#for l LOADS
-    store_key(0u, place_$l, next_$l);
-    next_$l = key_vector($lu, 1u, place_$l);
+    store_key(0u, place_$l, next_0_$l);
+    next_0_$l = key_vector($lu, 1u, place_$l);
 //#endfor
     workgroupBarrier();
 
-    for (var n = 0u; ; n += 1u) {
-        // The matrices.
-        let there = (n + 1u) % 2u * BUFFER;                 // tile n - 1
-        let here = n % 2u * BUFFER;
+    var n = 0u;
+    var more = true;
+    while more {
+        // As long as no reference has to follow. Two tiles at a time, each with registers and memory of its own.
+        loop {
+//#for h 2
+            if n % 2u == $hu {
+                // The matrices: tile n is at `here`, tile n - 1 at `there`.
+                let here_$h = $hu * BUFFER;
+                let there_$h = BUFFER - $hu * BUFFER;
 //#for m MATRIX_ROWS
-        let weights_$m = load_weights(there + WEIGHTS_AT + $mu * 16u);
+                let weights_$h_$m = load_weights(there_$h + WEIGHTS_AT + $mu * 16u);
 //#endfor
-        var score: MatrixC;
-        score = MatrixC();
-//#for q QUERY_TILES
-        score = multiply_add(q_$q, load_keys(here + first_k + $qu * 16u), score);
-//#endfor
-//#if ODD_TILES
-        if has_more {
-            score = multiply_add(q_more, load_keys(here + first_k + (K_TILES / SHARES) * 16u), score);
-        }
-//#endif
 //#for c MATRIX_COLUMNS
-        let v_$c = load_values(there + column + $cu * 16u);
+                let v_$h_$c = load_values(there_$h + column + $cu * 16u);
 //#for m MATRIX_ROWS
-        sum_$m_$c = multiply_add(weights_$m, v_$c, sum_$m_$c);
+                sum_$m_$c = multiply_add(weights_$h_$m, v_$h_$c, sum_$m_$c);
 //#endfor
 //#endfor
-        if step >= end {
-            break;
-        }
-        store_share(score, stored_share);
-        let step_3 = seek(table_row, step_2 + TOKENS, end);
-        if thread < TOKENS {
-            locate(page_2, step_2 + thread, kv_head, (n + 2u) % 4u * TOKENS + thread);
-            page_2 = page_of(table_row, step_3 + thread, end);
-        }
-        workgroupBarrier();
-
-        // The tile after this one, and the one after that.
-//#for l LOADS
-        store_key(n + 1u, place_$l, next_$l);
-        next_$l = key_vector($lu, n + 2u, place_$l);
-//#endfor
-
-        // Softmax. A token that the row does not see, or that is in another window, weighs exactly 0.
-        if has_row {
-            let at = row * LANES + lane;
-            var scores = shares[at];
-//#for s MORE_SHARES
-            scores += shares[($su + 1u) * ROWS * LANES + at];
-//#endfor
-            let token = step + lane * 4u + vec4<u32>(0u, 1u, 2u, 3u);
-            let seen = (token < vec4<u32>(ends[row])) & (present[n % 4u * LANES + lane] != vec4<u32>(0u));
-            scores = select(vec4<f32>(LOWEST), scores * params.scale_log2, seen);
-            let highest = row_max(max(max(scores.x, scores.y), max(scores.z, scores.w)));
-            var factor = 1.0;
-            if highest > top + MAX_RISE || (top == LOWEST && highest > LOWEST) {
-                factor = exp2(top - highest);
-                if top != LOWEST {
-                    risen[0] = n + 1u;  // several may write: the same number
+                if step >= end {
+                    more = false;
+                    break;
                 }
-                top = highest;
-                sum *= factor;
-                lse_sum *= factor;
+                if multiplies {
+                    var score_$h: MatrixC;
+                    score_$h = MatrixC();
+//#for q QUERY_TILES
+                    score_$h = multiply_add(q_$q, load_keys(here_$h + first_k + $qu * 16u), score_$h);
+//#endfor
+                    store_share(score_$h, subgroup);
+                }
+                let step_4_$h = seek(table_row, step_3 + TOKENS, end);
+                if locates {
+                    locate(page, position.in_page, kv_head, (n + 3u) % 4u * TOKENS + located);
+                    position = advance(position, step_4_$h + located);
+                    page = page_of(table_row, position, step_4_$h + located, end);
+                }
+                workgroupBarrier();
+
+                // The tile after this one, and one after that.
+//#if DEPTH_2
+//#for l LOADS
+                store_key(n + 1u, place_$l, next_$h_$l);
+                next_$h_$l = key_vector($lu, n + 3u, place_$l);
+//#endfor
+//#else
+//#for l LOADS
+                store_key(n + 1u, place_$l, next_0_$l);
+                next_0_$l = key_vector($lu, n + 2u, place_$l);
+//#endfor
+//#endif
+
+                // Softmax. A token that the row does not see, or that is in another window, weighs exactly 0.
+                if has_row {
+                    let at = row * LANES + lane;
+                    var scores = shares[at];
+//#for s MORE_SHARES
+                    scores += shares[($su + 1u) * ROWS * LANES + at];
+//#endfor
+                    let token = step + lane * 4u + vec4<u32>(0u, 1u, 2u, 3u);
+                    let seen = (token < vec4<u32>(ends[row])) & (present[n % 4u * LANES + lane] != vec4<u32>(0u));
+                    scores = select(vec4<f32>(LOWEST), scores * params.scale_log2, seen);
+                    let highest = row_max(max(max(scores.x, scores.y), max(scores.z, scores.w)));
+                    var factor = 1.0;
+                    if highest > top + MAX_RISE || (top == LOWEST && highest > LOWEST) {
+                        factor = exp2(top - highest);
+                        if top != LOWEST {
+                            risen[0] = n + 1u;      // several may write: the same number
+                        }
+                        top = highest;
+                        sum *= factor;
+                        lse_sum *= factor;
+                    }
+                    if lane == 0u {
+                        factors[row] = factor;
+                    }
+                    let weights = select(vec4<f32>(0.0), exp2(scores - top), seen);
+                    let rounded = vec4<f16>(weights);
+                    let as_multiplied = vec4<f32>(rounded);
+                    lse_sum += weights.x + weights.y + weights.z + weights.w;
+                    sum += as_multiplied.x + as_multiplied.y + as_multiplied.z + as_multiplied.w;
+                    keys[(here_$h + row % 16u * PITCH + WEIGHTS_AT + row / 16u * 16u) / 4u + lane] = rounded;
+                }
+                step = step_1;
+                step_1 = step_2;
+                step_2 = step_3;
+                step_3 = step_4_$h;
+                n += 1u;
+                workgroupBarrier();
+                if risen[0] == n {
+                    break;
+                }
             }
-            if lane == 0u {
-                factors[row] = factor;
-            }
-            let weights = select(vec4<f32>(0.0), exp2(scores - top), seen);
-            let rounded = vec4<f16>(weights);
-            let as_multiplied = vec4<f32>(rounded);
-            lse_sum += weights.x + weights.y + weights.z + weights.w;
-            sum += as_multiplied.x + as_multiplied.y + as_multiplied.z + as_multiplied.w;
-            keys[(here + row % 16u * PITCH + WEIGHTS_AT + row / 16u * 16u) / 4u + lane] = rounded;
+//#endfor
         }
-        if workgroupUniformLoad(&risen[0]) == n + 1u {
-            // The shares have been read: their memory serves.
+        if more {
+            // Sums of 8 subgroups at a time, 16 x 16 of each. The shares have been read: their memory serves.
+            for (var first = 0u; first < SUBGROUP_COUNT; first += 8u) {
+                let mine = subgroup / 8u == first / 8u;
+                let at = subgroup % 8u;
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
-            store_share(sum_$m_$c, subgroup);
-            workgroupBarrier();
-            for (var i = thread % 32u; i < 64u; i += 32u) {
-                shares[subgroup * 64u + i] *= factors[$mu * 16u + i / 4u];
+                if mine {
+                    store_share(sum_$m_$c, at);
+                }
+                settle();
+                if mine {
+                    for (var i = thread % 32u; i < 64u; i += 32u) {
+                        shares[at * 64u + i] *= factors[$mu * 16u + i / 4u];
+                    }
+                }
+                settle();
+                if mine {
+                    sum_$m_$c = load_share(at);
+                }
+                settle();
+//#endfor
+//#endfor
             }
-            workgroupBarrier();
-            sum_$m_$c = load_share(subgroup);
-            workgroupBarrier();
-//#endfor
-//#endfor
         }
-        step = step_1;
-        step_1 = step_2;
-        step_2 = step_3;
     }
 
     let partial_row = slot * params.row_tiles * ROWS + (tile - params.first_row_tile) * ROWS;

@@ -136,14 +136,15 @@ impl Path {
             Path::Plain => return vec![],
             Path::Subgroups => return vec!["SUBGROUPS"],
             Path::NativeF16 => return vec!["SUBGROUPS", "NATIVE_F16"],
-            // 36 or 12 tiles of 16 columns, over 8 subgroups.
-            Path::Matrix16 | Path::EmulatedMatrix16 => vec!["ODD_TILES"],
+            Path::Matrix16 | Path::EmulatedMatrix16 => vec![],
             Path::Matrix32 | Path::EmulatedMatrix32 => vec!["ROWS_32"],
             Path::Matrix64 | Path::EmulatedMatrix64 => vec!["ROWS_64"],
         };
         defines.extend(["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX"]);
         defines.extend(self.is_emulated().then_some("EMULATED"));
         defines.extend(full.then_some("FULL"));
+        defines.extend((self.subgroups() == 16).then_some("SUBGROUPS_16"));
+        defines.extend(std::env::var("POLYMLA_DEPTH").ok().or(self.is_emulated().then(|| "2".into())).filter(|d| d == "2").map(|_| "DEPTH_2"));
         defines
     }
 
@@ -176,14 +177,29 @@ impl Path {
         }
     }
 
+    /// Subgroups of a workgroup: `SUBGROUP_COUNT` of matrix.wgsl.
+    fn subgroups(self) -> usize {
+        let named = std::env::var("POLYMLA_S").unwrap_or_default();
+        match self {
+            Path::Matrix16 if named != "8" => 16,
+            Path::Matrix32 if named == "16" => 16,
+            _ => 8,
+        }
+    }
+
     /// How often the template repeats what is done for each matrix: the numbers of matrix.wgsl.
     fn counts(self) -> Vec<(&'static str, usize)> {
         if !self.is_matrix() {
             return vec![];
         }
-        let (subgroups, tokens, rows) = (8, 16, self.rows());
+        let (subgroups, tokens, rows) = (self.subgroups(), 16, self.rows());
         let (k_columns, columns) = self.most_columns();
-        let shares = subgroups / (rows / 16);
+        let shares = match rows {
+            64 => 2,
+            32 => 4,
+            _ if subgroups == 16 => 9,
+            _ => 6,
+        };
         vec![
             ("MATRIX_ROWS", rows / 16),
             ("MATRIX_COLUMNS", columns / 16 / subgroups),
