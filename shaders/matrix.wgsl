@@ -1,29 +1,30 @@
 // A split by cooperative matrices: 16 x 16, f16 x f16 -> f32, each held by the 32 invocations of a subgroup together.
 //
-// Tile      ROWS (16, 32 or 64) query rows of one KV head x 16 tokens x all columns: 256 invocations, 8 subgroups.
-// Memory    Two tiles of keys lie in shared memory, from where both products read them: global memory is read once, 16
-//           bytes an invocation at a time. Queries stay in matrices for the whole split, sums too.
-// Pipeline  A tile passes through four stages, and three tiles are under way:
-//             1. asked for, into registers
-//             2. from there to shared memory
-//             3. scores: each subgroup multiplies 16 rows with the tile over its share of head_dim_k's columns and leaves
-//                the sums in shared memory; softmax adds the shares up and leaves weights, as f16, beside the keys
-//             4. out += weights x V: each subgroup has 64 columns of all rows in matrices
-//           Between barriers, matrices are multiplied (4 of tile n - 1, 3 of tile n), and then the rest is done (softmax
-//           of tile n, 2 of tile n + 1, 1 of tile n + 2).
+// Tile      ROWS (16, 32 or 64) query rows of one KV head x TOKENS tokens x all columns: 256 invocations, 8 subgroups.
+// Memory    A tile's keys lie in shared memory, from where both products read them: global memory is read once, 16 bytes
+//           an invocation at a time. 16 queries lie there too, which leaves room for several workgroups on a processor;
+//           more stay in matrices for the whole split. Sums stay in matrices.
+// Step      for TOKENS tokens:
+//             1. out += weights x V of the tile before: each subgroup has 64 columns of all rows
+//             2. keys -> shared memory; where the next ones are
+//             3. scores: each subgroup multiplies 16 rows with 16 tokens or with 32 over its share of head_dim_k's
+//                columns, and leaves the sums in shared memory
+//             4. softmax: the shares added up; weights, as f16, beside the keys
 // Softmax   Matrices cannot be scaled row by row where they are. Weights are therefore relative to a reference that
-//           follows the maximum only when that has risen by more than 2^8; then, rarely, matrices go through shared
-//           memory. Weights up to 2^8 are as precise in f16 as those up to 1.
+//           follows the maximum only when that has risen by more than 2^8; then, rarely, the loop is left and matrices
+//           go through shared memory. Weights up to 2^8 are as precise in f16 as those up to 1.
 // Needs     what the host checks: f16; no more columns than below, in multiples of 8; rows of tensors that begin at
 //           multiples of 8 elements.
 
-//#if SUBGROUPS_16
-const SUBGROUP_COUNT: u32 = 16;
-//#else
 const SUBGROUP_COUNT: u32 = 8;
-//#endif
 const THREADS: u32 = SUBGROUP_COUNT * 32u;
+//#if LEAN
 const TOKENS: u32 = 16;
+const SHARE_PITCH: u32 = 16;
+//#else
+const TOKENS: u32 = 32;
+const SHARE_PITCH: u32 = 36;                    // so that rows begin in different banks
+//#endif
 //#if EMULATED
 const K_COLUMNS: u32 = 192;                     // less of everything, to fit smaller memories
 const COLUMNS: u32 = 128;
@@ -34,33 +35,42 @@ const COLUMNS: u32 = 512;                       // of head_dim_v, at most
 const VECTORS: u32 = K_COLUMNS / 8u;            // of 16 bytes, a token
 const SUBGROUP_TOKENS: u32 = TOKENS / SUBGROUP_COUNT;   // that a subgroup copies
 // A token's columns in shared memory. 16 bytes more than a multiple of 128, so that a matrix's rows begin in different
-// banks. Once there are scores the rope columns are of no use: line t then has weights of rows t, 16 + t, ..
+// banks. Once there are scores the rope columns are of no use: line t then has weights of rows t, TOKENS + t, ..
 const PITCH: u32 = COLUMNS + 72u;
 const WEIGHTS_AT: u32 = COLUMNS;
-const BUFFER: u32 = TOKENS * PITCH;             // from one tile to the other
-const LANES: u32 = 4;                           // invocations that share a row's scores: 4 neighbouring tokens each
+const LANES: u32 = 4;                           // invocations that share a row's scores
+const LANE_TOKENS: u32 = TOKENS / LANES;        // neighbours
 const MAX_RISE: f32 = 8.0;
 
-// For scores, a subgroup multiplies 16 rows over a share of head_dim_k's columns. Some may have none to multiply.
+// For scores a subgroup multiplies 16 rows with 16 tokens, or with all, over a share of head_dim_k's columns.
 const ROW_TILES: u32 = ROWS / 16u;
-//#if ROWS_64
+//#if LEAN
+const SHARES: u32 = 8;
+const STORED_SHARES: u32 = 8;
+//#elif ROWS_64
 const SHARES: u32 = 2;
+const STORED_SHARES: u32 = 1;                   // memory is for one: the other is added to it
 //#elif ROWS_32
-const SHARES: u32 = 4;
-//#elif SUBGROUPS_16
-const SHARES: u32 = 9;
+const SHARES: u32 = 2;
+const STORED_SHARES: u32 = 2;
 //#else
-const SHARES: u32 = 6;
+const SHARES: u32 = 4;
+const STORED_SHARES: u32 = 4;
 //#endif
+const TOKENS_APART: u32 = SUBGROUP_COUNT / (ROW_TILES * SHARES);
 const SHARE_COLUMNS: u32 = K_COLUMNS / SHARES;
 
 // Matrices go to and from memory that begins at a multiple of 16 bytes: nothing here or in decode.wgsl has a size that
 // is not one, so that the order in which a driver lays it out does not matter.
-var<workgroup> keys: array<vec4<f16>, 2u * BUFFER / 4u>;
-var<workgroup> shares: array<vec4<f32>, max(SHARES * ROWS * 4u, 512u)>;    // x TOKENS; or 16 x 16 for each of 8 subgroups
+var<workgroup> keys: array<vec4<f16>, TOKENS * PITCH / 4u>;
+//#if LEAN
+var<workgroup> queries: array<vec4<f16>, ROWS * PITCH / 4u>;
+//#endif
+// STORED_SHARES x ROWS x TOKENS; or 16 x 16 for each subgroup.
+var<workgroup> shares: array<vec4<f32>, max(STORED_SHARES * ROWS * SHARE_PITCH / 4u, 512u)>;
 var<workgroup> factors: array<f32, ROWS>;
 var<workgroup> risen: array<u32, 4>;            // the last tile, plus 1, in which a reference had to follow
-// Where the tokens of four tiles are, in units of 16 bytes, and whether they are there.
+// Where the tokens of this tile and of the next are, in units of 16 bytes, and whether they are there.
 var<workgroup> ckv_tokens: array<u32, 64>;
 var<workgroup> kpe_tokens: array<u32, 64>;
 var<workgroup> present: array<vec4<u32>, 16>;
@@ -72,52 +82,68 @@ struct InMemory {
     at: u32,
     row_pitch: u32,
     column_pitch: u32,
-    copied: bool,
+    source: u32,                                // 0: keys, 1: copies, 2: queries
 }
 alias MatrixA = InMemory;
 alias MatrixB = InMemory;
 alias MatrixC = array<f32, 8>;
 
 var<private> invocation: u32;                   // of the subgroup
-var<private> copies: array<f32, 768>;           // 8 rows x 16 columns for each of QUERY_TILES
+var<private> copies: array<f32, 768>;           // 8 rows x 16 columns for each of QUERY_TILES, which are 6 or fewer
 
 fn key(i: u32) -> f32 { return f32(keys[i / 4u][i % 4u]); }
 fn load_queries(at: u32, q: u32) -> MatrixA {
     for (var i = params.padding_1; i < 128u; i += 1u) {
         copies[q * 128u + i] = key(at + (invocation / 16u + i / 16u * 2u) * PITCH + i % 16u);
     }
-    return InMemory(q * 128u, 16u, 1u, true);
+    return InMemory(q * 128u, 16u, 1u, 1u);
 }
-fn load_weights(at: u32) -> MatrixA { return InMemory(at, PITCH, 1u, false); }
-fn load_keys(at: u32) -> MatrixB { return InMemory(at, 1u, PITCH, false); }
-fn load_values(at: u32) -> MatrixB { return InMemory(at, PITCH, 1u, false); }
+fn load_query(at: u32) -> MatrixA { return InMemory(at, PITCH, 1u, 2u); }
+fn load_weights(at: u32) -> MatrixA { return InMemory(at, PITCH, 1u, 0u); }
+fn load_keys(at: u32) -> MatrixB { return InMemory(at, 1u, PITCH, 0u); }
+fn load_values(at: u32) -> MatrixB { return InMemory(at, PITCH, 1u, 0u); }
 fn multiply_add(a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC {
     var sum = c;
     for (var e = params.padding_1; e < 8u; e += 1u) {
         for (var k = params.padding_1; k < 16u; k += 1u) {
             var x: f32;
-            if a.copied {
+            let at = a.at + (invocation / 16u + e * 2u) * a.row_pitch + k * a.column_pitch;
+            if a.source == 1u {
                 x = copies[a.at + e * a.row_pitch + k];
+//#if LEAN
+            } else if a.source == 2u {
+                x = f32(queries[at / 4u][at % 4u]);
+//#endif
             } else {
-                x = key(a.at + (invocation / 16u + e * 2u) * a.row_pitch + k * a.column_pitch);
+                x = key(at);
             }
             sum[e] += x * key(b.at + k * b.row_pitch + invocation % 16u * b.column_pitch);
         }
     }
     return sum;
 }
-fn store_share(m: MatrixC, share: u32) {
+fn plus(a: MatrixC, b: MatrixC) -> MatrixC {
+    var x = a;
+    var y = b;
+    for (var e = 0u; e < 8u; e += 1u) {
+        x[e] += y[e];
+    }
+    return x;
+}
+fn store_share(m: MatrixC, at: u32, pitch: u32) {
     var x = m;
     for (var e = 0u; e < 8u; e += 1u) {
         let i = invocation + e * 32u;
-        shares[share * 64u + i / 4u][i % 4u] = x[e];
+        let to = at + i / 16u * pitch + i % 16u;
+        shares[to / 4u][to % 4u] = x[e];
     }
 }
-fn load_share(share: u32) -> MatrixC {
+fn load_share(at: u32, pitch: u32) -> MatrixC {
     var m: MatrixC;
     for (var e = 0u; e < 8u; e += 1u) {
         let i = invocation + e * 32u;
-        m[e] = shares[share * 64u + i / 4u][i % 4u];
+        let source = at + i / 16u * pitch + i % 16u;
+        m[e] = shares[source / 4u][source % 4u];
     }
     return m;
 }
@@ -136,16 +162,21 @@ alias MatrixC = coop_mat16x16<f32, C>;
 // Rows of a matrix are a pitch apart (coopLoadT), or its columns (coopLoad). Pitches count what memory has been declared
 // as an array of.
 fn load_queries(at: u32, q: u32) -> MatrixA { return coopLoadT<MatrixA>(&keys[at / 4u], PITCH / 4u); }
+//#if LEAN
+fn load_query(at: u32) -> MatrixA { return coopLoadT<MatrixA>(&queries[at / 4u], PITCH / 4u); }
+//#endif
 fn load_weights(at: u32) -> MatrixA { return coopLoadT<MatrixA>(&keys[at / 4u], PITCH / 4u); }
 fn load_keys(at: u32) -> MatrixB { return coopLoad<MatrixB>(&keys[at / 4u], PITCH / 4u); }
 fn load_values(at: u32) -> MatrixB { return coopLoadT<MatrixB>(&keys[at / 4u], PITCH / 4u); }
 fn multiply_add(a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC { return coopMultiplyAdd(a, b, c); }
-// Of shares[16 * 4 * share], 16 x 16. naga 30 needs what a matrix is stored with to have been computed before.
-fn store_share(m: MatrixC, share: u32) {
-    let at = share * 64u;
-    coopStoreT(m, &shares[at], 4u);
+fn plus(a: MatrixC, b: MatrixC) -> MatrixC { return a + b; }
+// naga 30 needs what a matrix is stored with to have been computed before.
+fn store_share(m: MatrixC, at: u32, pitch: u32) {
+    let to = at / 4u;
+    let vectors = pitch / 4u;
+    coopStoreT(m, &shares[to], vectors);
 }
-fn load_share(share: u32) -> MatrixC { return coopLoadT<MatrixC>(&shares[share * 64u], 4u); }
+fn load_share(at: u32, pitch: u32) -> MatrixC { return coopLoadT<MatrixC>(&shares[at / 4u], pitch / 4u); }
 fn store_accumulators(m: MatrixC, at: u32) {
     let pitch = params.head_dim_v;
     coopStoreT(m, &workspace[at], pitch);
@@ -215,20 +246,21 @@ fn vector_of(n: u32, subgroup: u32, invocation: u32) -> Vector {
     let i = n * 32u + invocation;
     return Vector(subgroup * SUBGROUP_TOKENS + i / VECTORS, i % VECTORS, i < SUBGROUP_TOKENS * VECTORS);
 //#else
-    // Two loads for the first 512 columns of each token, and one for what is left of all.
+    // Two loads for the first 512 columns of each token; one for what is left of four.
     if n < SUBGROUP_TOKENS * 2u {
         return Vector(subgroup * SUBGROUP_TOKENS + n / 2u, n % 2u * 32u + invocation, true);
     }
-    return Vector(subgroup * SUBGROUP_TOKENS + invocation / 8u, 64u + invocation % 8u, invocation < SUBGROUP_TOKENS * 8u);
+    let token = (n - SUBGROUP_TOKENS * 2u) * 4u + invocation / 8u;
+    return Vector(subgroup * SUBGROUP_TOKENS + token, 64u + invocation % 8u, token < SUBGROUP_TOKENS);
 //#endif
 }
 
 // 16 bytes of a key; beyond head_dim_k 0.
-fn key_vector(n: u32, tile: u32, place: Vector) -> Eight {
+fn key_vector(n: u32, half: u32, place: Vector) -> Eight {
     if !place.exists {
         return Eight();
     }
-    let slot = tile % 4u * TOKENS + place.token;
+    let slot = half + place.token;
 //#if FULL
 //#if EMULATED
     let in_v = place.vector < COLUMNS / 8u;
@@ -262,15 +294,13 @@ fn query_vector(row: u32, vector: u32) -> Eight {
     }
     return q_pe_eight((q_pe_rows[row] + column - params.head_dim_v) / 8u);
 }
-fn store_vector(line: u32, vector: u32, v: Eight, exists: bool) {
-    let at = line * (PITCH / 4u) + vector * 2u;
-    keys[at] = select(vec4<f16>(), first_half(v), exists);
-    keys[at + 1u] = select(vec4<f16>(), second_half(v), exists);
-}
-fn store_key(tile: u32, place: Vector, v: Eight) {
+fn store_key(half: u32, place: Vector, v: Eight) {
     if place.exists {
-        let slot = tile % 4u * TOKENS + place.token;
-        store_vector(tile % 2u * TOKENS + place.token, place.vector, v, present[slot / 4u][slot % 4u] != 0u);
+        let slot = half + place.token;
+        let exists = present[slot / 4u][slot % 4u] != 0u;
+        let at = place.token * (PITCH / 4u) + place.vector * 2u;
+        keys[at] = select(vec4<f16>(), first_half(v), exists);
+        keys[at + 1u] = select(vec4<f16>(), second_half(v), exists);
     }
 }
 
@@ -308,10 +338,18 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     let table_row = params.block_table.x + request * params.block_table.y;
     let column = subgroup * (COLUMNS / SUBGROUP_COUNT);     // the subgroup's first column of V
     let row_tile = subgroup % ROW_TILES;
-    let share = subgroup / ROW_TILES;
-    let multiplies = share < SHARES;                        // queries; all have columns of V
-    let first_k = min(share, SHARES - 1u) * SHARE_COLUMNS;
+    let token_tile = subgroup / ROW_TILES % TOKENS_APART;
+    let share = subgroup / (ROW_TILES * TOKENS_APART);
 
+//#if LEAN
+    workgroupBarrier();
+    for (var n = thread; n < ROWS * VECTORS; n += THREADS) {
+        let v = query_vector(n / VECTORS, n % VECTORS);
+        let at = n / VECTORS * (PITCH / 4u) + n % VECTORS * 2u;
+        queries[at] = first_half(v);
+        queries[at + 1u] = second_half(v);
+    }
+//#else
     // Queries, by way of the memory that keys will have: 32 rows at a time.
 //#for q QUERY_TILES
     var q_$q: MatrixA;
@@ -319,16 +357,21 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     for (var first = 0u; first < ROWS; first += 32u) {
         workgroupBarrier();
         for (var n = thread; n < min(ROWS, 32u) * VECTORS; n += THREADS) {
-            store_vector(n / VECTORS, n % VECTORS, query_vector(first + n / VECTORS, n % VECTORS), true);
+            let v = query_vector(first + n / VECTORS, n % VECTORS);
+            let at = n / VECTORS * (PITCH / 4u) + n % VECTORS * 2u;
+            keys[at] = first_half(v);
+            keys[at + 1u] = second_half(v);
         }
         workgroupBarrier();
         if row_tile / 2u == first / 32u {
+            let at = row_tile % 2u * 16u * PITCH + share * SHARE_COLUMNS;
 //#for q QUERY_TILES
-            q_$q = load_queries(row_tile % 2u * BUFFER + first_k + $qu * 16u, $qu);
+            q_$q = load_queries(at + $qu * 16u, $qu);
 //#endfor
         }
     }
     workgroupBarrier();
+//#endif
 
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
@@ -342,164 +385,199 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     if thread == 0u {
         risen[0] = 0u;
     }
-
-    // Tile n is multiplied with queries. Tile n - 1 is multiplied with weights: before the first, nothing with nothing.
-    for (var i = thread; i < BUFFER / 4u; i += THREADS) {
-        keys[BUFFER / 4u + i] = vec4<f16>();
+    // Before the first tile, nothing is multiplied with nothing.
+    for (var i = thread; i < TOKENS * PITCH / 4u; i += THREADS) {
+        keys[i] = vec4<f16>();
     }
-    var step = seek(table_row, begin, end);                 // the first token of tile n
-    var step_1 = seek(table_row, step + TOKENS, end);       // of n + 1, ..
-    var step_2 = seek(table_row, step_1 + TOKENS, end);
-    var step_3 = seek(table_row, step_2 + TOKENS, end);
-    // The last subgroup finds out where tokens are: one of tile n + 3 an invocation.
+
+    var step = seek(table_row, begin, end);                 // the first token of this tile
+    var step_1 = seek(table_row, step + TOKENS, end);       // and of the next
+    // The last subgroup finds out where tokens are: one of the next tile an invocation.
     let locates = thread >= THREADS - TOKENS;
     let located = thread % TOKENS;
-    var position = position_of(step_3 + located);
+    var position = position_of(step_1 + located);
     var page = NOWHERE;
     if locates {
-        let at_0 = position_of(step + located);
-        let at_1 = position_of(step_1 + located);
-        let at_2 = position_of(step_2 + located);
-        locate(page_of(table_row, at_0, step + located, end), at_0.in_page, kv_head, located);
-        locate(page_of(table_row, at_1, step_1 + located, end), at_1.in_page, kv_head, TOKENS + located);
-        locate(page_of(table_row, at_2, step_2 + located, end), at_2.in_page, kv_head, 2u * TOKENS + located);
-        page = page_of(table_row, position, step_3 + located, end);
+        let first = position_of(step + located);
+        locate(page_of(table_row, first, step + located, end), first.in_page, kv_head, located);
+        page = page_of(table_row, position, step_1 + located, end);
     }
-    workgroupBarrier();
 //#for l LOADS
     let place_$l = vector_of($lu, subgroup, thread % 32u);
-    var next_0_$l = key_vector($lu, 0u, place_$l);
-//#if DEPTH_2
-    var next_1_$l = key_vector($lu, 2u, place_$l);
+//#endfor
+//#if TOUCH
+    var touched = 0.0;
 //#endif
-//#endfor
-//#for l LOADS
-    store_key(0u, place_$l, next_0_$l);
-    next_0_$l = key_vector($lu, 1u, place_$l);
-//#endfor
     workgroupBarrier();
 
+    var here = 0u;                      // the half of the offsets that is this tile's
     var n = 0u;
     var more = true;
     while more {
-        // As long as no reference has to follow. Two tiles at a time, each with registers and memory of its own.
+        // As long as no reference has to follow.
         loop {
-//#for h 2
-            if n % 2u == $hu {
-                // The matrices: tile n is at `here`, tile n - 1 at `there`.
-                let here_$h = $hu * BUFFER;
-                let there_$h = BUFFER - $hu * BUFFER;
-//#for m MATRIX_ROWS
-                let weights_$h_$m = load_weights(there_$h + WEIGHTS_AT + $mu * 16u);
-//#endfor
-//#for c MATRIX_COLUMNS
-                let v_$h_$c = load_values(there_$h + column + $cu * 16u);
-//#for m MATRIX_ROWS
-                sum_$m_$c = multiply_add(weights_$h_$m, v_$h_$c, sum_$m_$c);
-//#endfor
-//#endfor
-                if step >= end {
-                    more = false;
-                    break;
-                }
-                if multiplies {
-                    var score_$h: MatrixC;
-                    score_$h = MatrixC();
-//#for q QUERY_TILES
-                    score_$h = multiply_add(q_$q, load_keys(here_$h + first_k + $qu * 16u), score_$h);
-//#endfor
-                    store_share(score_$h, subgroup);
-                }
-                let step_4_$h = seek(table_row, step_3 + TOKENS, end);
-                if locates {
-                    locate(page, position.in_page, kv_head, (n + 3u) % 4u * TOKENS + located);
-                    position = advance(position, step_4_$h + located);
-                    page = page_of(table_row, position, step_4_$h + located, end);
-                }
-                workgroupBarrier();
-
-                // The tile after this one, and one after that.
-//#if DEPTH_2
+            // Weights x V of the tile before.
+//#if EARLY
 //#for l LOADS
-                store_key(n + 1u, place_$l, next_$h_$l);
-                next_$h_$l = key_vector($lu, n + 3u, place_$l);
-//#endfor
-//#else
-//#for l LOADS
-                store_key(n + 1u, place_$l, next_0_$l);
-                next_0_$l = key_vector($lu, n + 2u, place_$l);
+            let key_$l = key_vector($lu, here, place_$l);
 //#endfor
 //#endif
-
-                // Softmax. A token that the row does not see, or that is in another window, weighs exactly 0.
-                if has_row {
-                    let at = row * LANES + lane;
-                    var scores = shares[at];
-//#for s MORE_SHARES
-                    scores += shares[($su + 1u) * ROWS * LANES + at];
+//#for g TOKEN_TILES
+//#for m MATRIX_ROWS
+            let weights_$g_$m = load_weights($mu * 16u % TOKENS * PITCH + WEIGHTS_AT + $mu * 16u / TOKENS * TOKENS + $gu * 16u);
 //#endfor
-                    let token = step + lane * 4u + vec4<u32>(0u, 1u, 2u, 3u);
-                    let seen = (token < vec4<u32>(ends[row])) & (present[n % 4u * LANES + lane] != vec4<u32>(0u));
-                    scores = select(vec4<f32>(LOWEST), scores * params.scale_log2, seen);
-                    let highest = row_max(max(max(scores.x, scores.y), max(scores.z, scores.w)));
-                    var factor = 1.0;
-                    if highest > top + MAX_RISE || (top == LOWEST && highest > LOWEST) {
-                        factor = exp2(top - highest);
-                        if top != LOWEST {
-                            risen[0] = n + 1u;      // several may write: the same number
-                        }
-                        top = highest;
-                        sum *= factor;
-                        lse_sum *= factor;
-                    }
-                    if lane == 0u {
-                        factors[row] = factor;
-                    }
-                    let weights = select(vec4<f32>(0.0), exp2(scores - top), seen);
-                    let rounded = vec4<f16>(weights);
-                    let as_multiplied = vec4<f32>(rounded);
-                    lse_sum += weights.x + weights.y + weights.z + weights.w;
-                    sum += as_multiplied.x + as_multiplied.y + as_multiplied.z + as_multiplied.w;
-                    keys[(here_$h + row % 16u * PITCH + WEIGHTS_AT + row / 16u * 16u) / 4u + lane] = rounded;
-                }
-                step = step_1;
-                step_1 = step_2;
-                step_2 = step_3;
-                step_3 = step_4_$h;
-                n += 1u;
-                workgroupBarrier();
-                if risen[0] == n {
-                    break;
-                }
+//#for c MATRIX_COLUMNS
+            let v_$g_$c = load_values($gu * 16u * PITCH + column + $cu * 16u);
+//#for m MATRIX_ROWS
+            sum_$m_$c = multiply_add(weights_$g_$m, v_$g_$c, sum_$m_$c);
+//#endfor
+//#endfor
+//#endfor
+            if step >= end {
+                more = false;
+                break;
             }
+
+            // Keys.
+//#if EARLY
+//#else
+//#for l LOADS
+            let key_$l = key_vector($lu, here, place_$l);
 //#endfor
+//#endif
+            workgroupBarrier();
+//#for l LOADS
+            store_key(here, place_$l, key_$l);
+//#endfor
+            let there = TOKENS - here;
+            let step_2 = seek(table_row, step_1 + TOKENS, end);
+            if locates {
+                locate(page, position.in_page, kv_head, there + located);
+                position = advance(position, step_2 + located);
+                page = page_of(table_row, position, step_2 + located, end);
+            }
+            workgroupBarrier();
+//#if TOUCH
+            // Has the next tile's lines of 128 bytes brought near.
+            let near = ckv[(ckv_tokens[there + thread / 8u] + thread % 8u * (COLUMNS / 64u)) * 2u].x;
+            var near_kpe = f16();
+            if thread < TOKENS {
+                near_kpe = kpe[kpe_tokens[there + thread] * 2u].x;
+            }
+//#endif
+
+            // Scores.
+            let share_at = ((share % STORED_SHARES) * ROWS + row_tile * 16u) * SHARE_PITCH + token_tile * 16u;
+//#if LEAN
+            var score: MatrixC;
+            score = MatrixC();
+            for (var k = share * 16u; k < params.head_dim_k; k += SHARES * 16u) {
+                score = multiply_add(load_query(k), load_keys(k), score);
+            }
+            store_share(score, share_at, SHARE_PITCH);
+//#else
+            let first_key = token_tile * 16u * PITCH + share * SHARE_COLUMNS;
+//#for s SCORE_TILES
+            var score_$s: MatrixC;
+            score_$s = MatrixC();
+//#endfor
+//#for q QUERY_TILES
+//#for s SCORE_TILES
+            score_$s = multiply_add(q_$q, load_keys(first_key + $su * 16u * PITCH + $qu * 16u), score_$s);
+//#endfor
+//#endfor
+//#if ROWS_64
+            if share == 1u {
+//#for s SCORE_TILES
+                store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
+//#endfor
+            }
+            workgroupBarrier();
+            if share == 0u {
+//#for s SCORE_TILES
+                store_share(plus(score_$s, load_share(share_at + $su * 16u, SHARE_PITCH)), share_at + $su * 16u, SHARE_PITCH);
+//#endfor
+            }
+//#else
+//#for s SCORE_TILES
+            store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
+//#endfor
+//#endif
+//#endif
+//#if TOUCH
+            touched += f32(near) + f32(near_kpe);
+//#endif
+            workgroupBarrier();
+
+            // Softmax. A token that the row does not see, or that is in another window, weighs exactly 0.
+            if has_row {
+                var highest = LOWEST;
+//#for i LANE_VECTORS
+                var scores_$i = shares[(row * SHARE_PITCH + lane * LANE_TOKENS) / 4u + $iu];
+//#for s MORE_SHARES
+                scores_$i += shares[((($su + 1u) * ROWS + row) * SHARE_PITCH + lane * LANE_TOKENS) / 4u + $iu];
+//#endfor
+                let token_$i = step + lane * LANE_TOKENS + $iu * 4u + vec4<u32>(0u, 1u, 2u, 3u);
+                let present_$i = present[(here + lane * LANE_TOKENS) / 4u + $iu];
+                let seen_$i = (token_$i < vec4<u32>(ends[row])) & (present_$i != vec4<u32>(0u));
+                scores_$i = select(vec4<f32>(LOWEST), scores_$i * params.scale_log2, seen_$i);
+                highest = max(highest, max(max(scores_$i.x, scores_$i.y), max(scores_$i.z, scores_$i.w)));
+//#endfor
+                highest = row_max(highest);
+                var factor = 1.0;
+                if highest > top + MAX_RISE || (top == LOWEST && highest > LOWEST) {
+                    factor = exp2(top - highest);
+                    if top != LOWEST {
+                        risen[0] = n + 1u;      // several may write: the same number
+                    }
+                    top = highest;
+                    sum *= factor;
+                    lse_sum *= factor;
+                }
+                if lane == 0u {
+                    factors[row] = factor;
+                }
+                let weights_at = (row % TOKENS * PITCH + WEIGHTS_AT + row / TOKENS * TOKENS + lane * LANE_TOKENS) / 4u;
+//#for i LANE_VECTORS
+                let weight_$i = select(vec4<f32>(0.0), exp2(scores_$i - top), seen_$i);
+                let rounded_$i = vec4<f16>(weight_$i);
+                let as_multiplied_$i = vec4<f32>(rounded_$i);
+                lse_sum += weight_$i.x + weight_$i.y + weight_$i.z + weight_$i.w;
+                sum += as_multiplied_$i.x + as_multiplied_$i.y + as_multiplied_$i.z + as_multiplied_$i.w;
+                keys[weights_at + $iu] = rounded_$i;
+//#endfor
+            }
+            step = step_1;
+            step_1 = step_2;
+            here = there;
+            n += 1u;
+            workgroupBarrier();
+            if risen[0] == n {
+                break;
+            }
         }
         if more {
-            // Sums of 8 subgroups at a time, 16 x 16 of each. The shares have been read: their memory serves.
-            for (var first = 0u; first < SUBGROUP_COUNT; first += 8u) {
-                let mine = subgroup / 8u == first / 8u;
-                let at = subgroup % 8u;
+            // The shares have been read: their memory serves, 16 x 16 for each subgroup.
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
-                if mine {
-                    store_share(sum_$m_$c, at);
-                }
-                settle();
-                if mine {
-                    for (var i = thread % 32u; i < 64u; i += 32u) {
-                        shares[at * 64u + i] *= factors[$mu * 16u + i / 4u];
-                    }
-                }
-                settle();
-                if mine {
-                    sum_$m_$c = load_share(at);
-                }
-                settle();
-//#endfor
-//#endfor
+            store_share(sum_$m_$c, subgroup * 256u, 16u);
+            settle();
+            for (var i = thread % 32u; i < 64u; i += 32u) {
+                shares[subgroup * 64u + i] *= factors[$mu * 16u + i / 4u];
             }
+            settle();
+            sum_$m_$c = load_share(subgroup * 256u, 16u);
+            settle();
+//#endfor
+//#endfor
         }
     }
+//#if TOUCH
+    // What was brought near must seem to be of use.
+    if params.padding_1 != 0u {
+        risen[0] = u32(touched);
+    }
+//#endif
 
     let partial_row = slot * params.row_tiles * ROWS + (tile - params.first_row_tile) * ROWS;
     let all = row_sum(sum);

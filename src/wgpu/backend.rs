@@ -38,8 +38,8 @@ pub struct WgpuBackend {
     pipelines: Pipelines,
     /// The path that was asked for, which is then the only one taken.
     forced: Option<Path>,
-    /// Workgroups that fill the device.
-    workgroups: usize,
+    /// Workgroups that fill the device, where the caller said so.
+    workgroups: Option<usize>,
     /// Bound where a kernel declares a tensor that a call does not have.
     dummy: ::wgpu::Buffer,
     clock: Clock,
@@ -102,17 +102,12 @@ impl WgpuBackend {
         let dummy = context.buffer(256, memory::USAGE)?;
         let named = std::env::var(WORKGROUPS_VARIABLE).unwrap_or_default();
         let workgroups = match named.parse() {
-            Ok(n) if (1..=65_535).contains(&n) => n,
+            Ok(n) if (1..=65_535).contains(&n) => Some(n),
             _ if !named.is_empty() => {
                 let limit = "1 to 65535".into();
                 return Err(MlaError::Environment { param: WORKGROUPS_VARIABLE, value: named, limit });
             }
-            // Workgroups beyond what runs at once cost little: each is long, and the last ones even out.
-            _ => match context.adapter.device_type {
-                ::wgpu::DeviceType::Cpu => 8,
-                ::wgpu::DeviceType::DiscreteGpu => 528,
-                _ => 128,
-            },
+            _ => None,
         };
         let mut backend = WgpuBackend {
             info: BackendInfo {
@@ -182,15 +177,16 @@ impl WgpuBackend {
             && limits.max_compute_invocations_per_workgroup >= invocations
     }
 
-    /// The path that a problem takes: the one asked for, or the best proven one that the device has; a plainer one where
-    /// that does not exist for the problem. Tensors whose rows begin anywhere take [`Path::NativeF16`] instead of
-    /// matrices.
-    ///
-    /// Matrices are only taken where they are asked for: the path is right when emulated, but returned NaN on the one
-    /// device with such matrices that it ran on (docs/wgsl.md).
+    /// The path that a problem takes: the one asked for, or the best that the device has; a plainer one where that does
+    /// not exist for the problem. Tensors whose rows begin anywhere take [`Path::NativeF16`] instead of matrices.
     pub fn path(&self, problem: &Problem) -> Path {
+        let matrix = match problem.s_q() * problem.heads_per_kv() {
+            ..=16 => Path::Matrix16,
+            17..=32 => Path::Matrix32,
+            _ => Path::Matrix64,
+        };
         let wanted = self.forced.unwrap_or_else(|| {
-            let order = [Path::NativeF16, Path::Subgroups];
+            let order = [matrix, Path::NativeF16, Path::Subgroups];
             order.into_iter().find(|p| self.has(*p) && p.takes(problem.dtype())).unwrap_or(Path::Plain)
         });
         match wanted {
@@ -202,8 +198,16 @@ impl WgpuBackend {
     }
 
     /// Parts that fill the device.
-    fn default_parts(&self, row_tiles: u64, slices: usize) -> usize {
-        self.workgroups / (row_tiles as usize * slices).max(1)
+    fn default_parts(&self, path: Path, row_tiles: u64, slices: usize) -> usize {
+        // Workgroups beyond what runs at once cost little: each is long, and the last ones even out.
+        let fill = match self.context.adapter.device_type {
+            ::wgpu::DeviceType::Cpu => 8,
+            // These fill a processor each.
+            ::wgpu::DeviceType::DiscreteGpu if path.is_matrix() && path.rows() > 16 => 264,
+            ::wgpu::DeviceType::DiscreteGpu => 528,
+            _ => 128,
+        };
+        self.workgroups.unwrap_or(fill) / (row_tiles as usize * slices).max(1)
     }
 
     fn kernel(&self, kernel: Kernel, path: Path, problem: &Problem) -> Result<Arc<Pipeline>> {
@@ -274,7 +278,7 @@ impl MlaBackend for WgpuBackend {
         }
         let rows_per_kv = problem.s_q() * problem.heads_per_kv();
         let row_tiles = (problem.h_kv() * rows_per_kv.div_ceil(path.rows())) as u64;
-        let parts = self.default_parts(row_tiles, problem.head_dim_v().div_ceil(path.columns()));
+        let parts = self.default_parts(path, row_tiles, problem.head_dim_v().div_ceil(path.columns()));
         let schedule = WgpuSchedule::new(&self.context, problem, options, parts)?;
         let kernel = self.kernel(Kernel::Schedule, path, problem)?;
         schedule.enqueue(&self.context, &kernel, problem, &inputs.cache_seqlens, &self.dummy)?;

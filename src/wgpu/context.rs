@@ -77,7 +77,6 @@ impl Context {
         let mut experimental = ::wgpu::ExperimentalFeatures::disabled();
         if adapter.features().contains(::wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) && has_matrices(&adapter) {
             features |= ::wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
-            features |= adapter.features() & ::wgpu::Features::PASSTHROUGH_SHADERS;
             // SAFETY: one experimental feature is used, cooperative matrices. What wgpu asks of its users is to accept
             // that it may have bugs; results are checked against the golden files wherever the variant is chosen.
             experimental = unsafe { ::wgpu::ExperimentalFeatures::enabled() };

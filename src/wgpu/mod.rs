@@ -5,7 +5,6 @@
 //! | `context.rs` | adapter, device, errors |
 //! | `memory.rs` | buffers, and where in them tensors lie |
 //! | `shaders.rs` | the WGSL files (`shaders/`) and the template that makes variants of them |
-//! | `spirv.rs` | SPIR-V for cooperative matrices |
 //! | `pipelines.rs` | compiled kernels |
 //! | `params.rs` | the kernels' parameters, mirrored |
 //! | `plan.rs` | the schedule on the device |
@@ -26,7 +25,6 @@ mod pipelines;
 mod plan;
 mod run;
 pub mod shaders;
-pub mod spirv;
 mod timing;
 
 /// The crate whose devices, queues and buffers this backend takes.

@@ -3,10 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::context::{Context, platform};
+use super::context::Context;
 use super::params::Params;
 use super::shaders::{Kernel, Path, source};
-use super::spirv;
 use crate::error::Result;
 use crate::tensor::DType;
 
@@ -57,46 +56,29 @@ fn compile(context: &Context, kernel: Kernel, path: Path, dtype: DType, full: bo
     for (i, read_only) in kernel.read_only().iter().enumerate() {
         // Matrix paths read elements of q and of the cache 16 bytes at a time.
         let element = if kernel == Kernel::Decode && path.is_matrix() && i < 4 { 8 } else { 4 };
-        entries.push(buffer(i as u32 + 1, ::wgpu::BufferBindingType::Storage { read_only: *read_only }, false, element));
+        entries.push(buffer(
+            i as u32 + 1,
+            ::wgpu::BufferBindingType::Storage { read_only: *read_only },
+            false,
+            element,
+        ));
     }
     let text = source(kernel, path, dtype, full);
     let label = Some(kernel.name());
-    let vulkan = context.adapter.backend == ::wgpu::Backend::Vulkan;
-    let real_matrices = kernel == Kernel::Decode && path.is_matrix() && !path.is_emulated();
-    let words = match real_matrices && vulkan && std::env::var_os("POLYMLA_WGPU_NAGA").is_none() {
-        true => Some(spirv::compile(&text).map_err(|e| platform("create_shader_module", e))?),
-        false => None,
-    };
     context.guarded("create_compute_pipeline", || {
         let layout = device.create_bind_group_layout(&::wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
-        let module = match words {
-            Some(words) => {
-                let entry = ::wgpu::PassthroughShaderEntryPoint { name: kernel.name().into(), workgroup_size: (0, 0, 0) };
-                let descriptor = ::wgpu::ShaderModuleDescriptorPassthrough {
-                    label,
-                    entry_points: vec![entry].into(),
-                    spirv: Some(words.into()),
-                    ..Default::default()
-                };
-                // SAFETY: naga wrote the module from WGSL that it validated, with bounds checks; what was added only
-                // orders memory. It has the bindings of the layout above, which a test compares for every variant.
-                unsafe { device.create_shader_module_passthrough(descriptor) }
-            }
-            None => {
-                let module = ::wgpu::ShaderModuleDescriptor { label, source: ::wgpu::ShaderSource::Wgsl(text.into()) };
-                let checks =
-                    ::wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..::wgpu::ShaderRuntimeChecks::checked() };
-                // SAFETY: bounds are checked as ever. Loops are not counted: each one is bounded by a size of the
-                // problem, or by a length or a plan that was checked on the device before.
-                unsafe { device.create_shader_module_trusted(module, checks) }
-            }
-        };
+        let module = ::wgpu::ShaderModuleDescriptor { label, source: ::wgpu::ShaderSource::Wgsl(text.into()) };
+        let checks =
+            ::wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..::wgpu::ShaderRuntimeChecks::checked() };
+        // SAFETY: bounds are checked as ever. Loops are not counted: each one is bounded by a size of the problem, or by
+        // a length or a plan that was checked on the device before.
+        let module = unsafe { device.create_shader_module_trusted(module, checks) };
         let pipeline_layout = device.create_pipeline_layout(&::wgpu::PipelineLayoutDescriptor {
             label,
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
-        // Every kernel writes shared memory before it reads it, but for one word of `prepare`.
+        // Decode writes shared memory before it reads it, and has much of it.
         let compilation_options = ::wgpu::PipelineCompilationOptions {
             zero_initialize_workgroup_memory: kernel != Kernel::Decode,
             ..Default::default()

@@ -136,15 +136,15 @@ impl Path {
             Path::Plain => return vec![],
             Path::Subgroups => return vec!["SUBGROUPS"],
             Path::NativeF16 => return vec!["SUBGROUPS", "NATIVE_F16"],
-            Path::Matrix16 | Path::EmulatedMatrix16 => vec![],
-            Path::Matrix32 | Path::EmulatedMatrix32 => vec!["ROWS_32"],
+            Path::Matrix16 | Path::EmulatedMatrix16 if self.is_lean() => vec!["LEAN"],
+            Path::Matrix16 | Path::EmulatedMatrix16 => vec!["EARLY"],
+            Path::Matrix32 | Path::EmulatedMatrix32 => vec!["ROWS_32", "EARLY"],
             Path::Matrix64 | Path::EmulatedMatrix64 => vec!["ROWS_64"],
         };
         defines.extend(["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX"]);
         defines.extend(self.is_emulated().then_some("EMULATED"));
         defines.extend(full.then_some("FULL"));
-        defines.extend((self.subgroups() == 16).then_some("SUBGROUPS_16"));
-        defines.extend(std::env::var("POLYMLA_DEPTH").ok().or(self.is_emulated().then(|| "2".into())).filter(|d| d == "2").map(|_| "DEPTH_2"));
+        defines.extend((full && self.rows() == 64).then_some("TOUCH"));
         defines
     }
 
@@ -177,14 +177,9 @@ impl Path {
         }
     }
 
-    /// Subgroups of a workgroup: `SUBGROUP_COUNT` of matrix.wgsl.
-    fn subgroups(self) -> usize {
-        let named = std::env::var("POLYMLA_S").unwrap_or_default();
-        match self {
-            Path::Matrix16 if named != "8" => 16,
-            Path::Matrix32 if named == "16" => 16,
-            _ => 8,
-        }
+    /// Whether queries lie in shared memory, so that a workgroup needs few registers.
+    fn is_lean(self) -> bool {
+        self == Path::EmulatedMatrix16 || self == Path::Matrix16 && std::env::var_os("POLYMLA_FAT").is_none()
     }
 
     /// How often the template repeats what is done for each matrix: the numbers of matrix.wgsl.
@@ -192,19 +187,23 @@ impl Path {
         if !self.is_matrix() {
             return vec![];
         }
-        let (subgroups, tokens, rows) = (self.subgroups(), 16, self.rows());
+        let (subgroups, rows) = (8, self.rows());
         let (k_columns, columns) = self.most_columns();
-        let shares = match rows {
-            64 => 2,
-            32 => 4,
-            _ if subgroups == 16 => 9,
-            _ => 6,
+        let (tokens, shares, stored) = match rows {
+            64 => (32, 2, 1),
+            32 => (32, 2, 2),
+            _ if self.is_lean() => (16, 8, 8),
+            _ => (32, 4, 4),
         };
+        let apart = subgroups / (rows / 16 * shares);
         vec![
             ("MATRIX_ROWS", rows / 16),
             ("MATRIX_COLUMNS", columns / 16 / subgroups),
+            ("TOKEN_TILES", tokens / 16),
+            ("LANE_VECTORS", tokens / 16),
             ("QUERY_TILES", k_columns / 16 / shares),
-            ("MORE_SHARES", shares - 1),
+            ("SCORE_TILES", tokens / 16 / apart),
+            ("MORE_SHARES", stored - 1),
             ("LOADS", (tokens * k_columns / 8).div_ceil(subgroups * 32)),
         ]
     }
@@ -218,10 +217,8 @@ pub fn source(kernel: Kernel, path: Path, dtype: DType, full: bool) -> String {
         DType::F32 => "F32",
         DType::I32 => "I32",
     };
-    let template = Template {
-        defines: path.defines(full).into_iter().chain([element]).collect(),
-        counts: path.counts(),
-    };
+    let template =
+        Template { defines: path.defines(full).into_iter().chain([element]).collect(), counts: path.counts() };
     let mut lines = Vec::new();
     template.include(&format!("{}.wgsl", kernel.name()), &mut lines);
     template.unroll(&lines)

@@ -16,9 +16,7 @@ fn capabilities(path: Path) -> Capabilities {
         Path::Subgroups => Capabilities::SUBGROUP,
         Path::NativeF16 => Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16,
         _ if path.is_emulated() => Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16,
-        _ => {
-            Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX
-        }
+        _ => Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX,
     };
     CORE | extra
 }
@@ -85,7 +83,10 @@ fn every_variant_is_valid_and_keeps_to_its_limits() {
                 for (binding, read_only) in storage {
                     assert_eq!(read_only, kernel.read_only()[binding as usize - 1], "{what}, binding {binding}");
                 }
-                assert!(entry.workgroup_size.iter().product::<u32>() <= if path.is_matrix() { 512 } else { 256 }, "{what}");
+                assert!(
+                    entry.workgroup_size.iter().product::<u32>() <= if path.is_matrix() { 512 } else { 256 },
+                    "{what}"
+                );
                 // Matrices are no part of WebGPU; the host asks for so much before it takes their path.
                 let limit = match path {
                     _ if path.is_emulated() => 24 << 10,
@@ -93,7 +94,9 @@ fn every_variant_is_valid_and_keeps_to_its_limits() {
                     _ => 16 << 10,
                 };
                 if path.is_matrix() && kernel == Kernel::Decode {
-                    for (_, v) in module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup) {
+                    for (_, v) in
+                        module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup)
+                    {
                         // A driver lays them out one behind the other, and matrices need 16 bytes' alignment.
                         let size = module.types[v.ty].inner.size(module.to_ctx());
                         assert_eq!(size % 16, 0, "{what}: {:?}", v.name);
