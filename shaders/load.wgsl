@@ -4,22 +4,16 @@
 // f32.
 
 //#if COOPERATIVE_MATRIX
-// Eight neighbours at a time; an index counts eights.
-@group(0) @binding(1) var<storage, read> q_nope: array<vec4<f16>>;
-@group(0) @binding(2) var<storage, read> q_pe: array<vec4<f16>>;
-@group(0) @binding(3) var<storage, read> ckv: array<vec4<f16>>;
-@group(0) @binding(4) var<storage, read> kpe: array<vec4<f16>>;
+// Eight at a time.
+@group(0) @binding(1) var<storage, read> q_nope: array<vec4<u32>>;
+@group(0) @binding(2) var<storage, read> q_pe: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> ckv: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> kpe: array<vec4<u32>>;
 
-struct Eight {
-    first: vec4<f16>,
-    second: vec4<f16>,
+// Both elements of a word, for matrices, which are of f16.
+fn halves(word: u32) -> vec2<f16> {
+    return vec2<f16>(unpack2x16float(word));
 }
-fn q_nope_eight(i: u32) -> Eight { return Eight(q_nope[i * 2u], q_nope[i * 2u + 1u]); }
-fn q_pe_eight(i: u32) -> Eight { return Eight(q_pe[i * 2u], q_pe[i * 2u + 1u]); }
-fn ckv_eight(i: u32) -> Eight { return Eight(ckv[i * 2u], ckv[i * 2u + 1u]); }
-fn kpe_eight(i: u32) -> Eight { return Eight(kpe[i * 2u], kpe[i * 2u + 1u]); }
-fn first_half(v: Eight) -> vec4<f16> { return v.first; }
-fn second_half(v: Eight) -> vec4<f16> { return v.second; }
 //#elif F32
 @group(0) @binding(1) var<storage, read> q_nope: array<f32>;
 @group(0) @binding(2) var<storage, read> q_pe: array<f32>;

@@ -1,30 +1,24 @@
 // A split by cooperative matrices: 16 x 16, f16 x f16 -> f32, each held by the 32 invocations of a subgroup together.
 //
-// Tile      ROWS (16, 32 or 64) query rows of one KV head x TOKENS tokens x all columns: 256 invocations, 8 subgroups.
-// Memory    A tile's keys lie in shared memory, from where both products read them: global memory is read once, 16 bytes
-//           an invocation at a time. 16 queries lie there too, which leaves room for several workgroups on a processor;
-//           more stay in matrices for the whole split. Sums stay in matrices.
-// Step      for TOKENS tokens:
-//             1. out += weights x V of the tile before: each subgroup has 64 columns of all rows
-//             2. keys -> shared memory; where the next ones are
-//             3. scores: each subgroup multiplies 16 rows with 16 tokens or with 32 over its share of head_dim_k's
-//                columns, and leaves the sums in shared memory
-//             4. softmax: the shares added up; weights, as f16, beside the keys
+// Tile      ROWS (16, 32 or 64) query rows of one KV head x 32 tokens x all columns: 256 invocations, 8 subgroups.
+// Memory    A step's 32 keys lie in shared memory, from where both products read them: global memory is read once, 16
+//           bytes an invocation. Queries stay in matrices for the whole split, sums too.
+// Step      for 32 tokens:
+//             1. keys -> shared memory; where the next step's keys are
+//             2. scores: a subgroup multiplies 16 rows with 16 tokens (32 tokens where ROWS is 64) over its share of
+//                head_dim_k's columns and leaves the sums in shared memory
+//             3. the next step's keys are asked for, into registers
+//             4. softmax: the shares added up; weights, as f16, to shared memory, beside the keys
+//             5. out += weights x V: every subgroup has 64 columns of all rows in matrices
 // Softmax   Matrices cannot be scaled row by row where they are. Weights are therefore relative to a reference that
-//           follows the maximum only when that has risen by more than 2^8; then, rarely, the loop is left and matrices
-//           go through shared memory. Weights up to 2^8 are as precise in f16 as those up to 1.
+//           follows the maximum only when that has risen by more than 2^8; then, rarely, matrices go through shared
+//           memory. Weights up to 2^8 are as precise in f16 as those up to 1.
 // Needs     what the host checks: f16; no more columns than below, in multiples of 8; rows of tensors that begin at
 //           multiples of 8 elements.
 
 const SUBGROUP_COUNT: u32 = 8;
 const THREADS: u32 = SUBGROUP_COUNT * 32u;
-//#if LEAN
-const TOKENS: u32 = 16;
-const SHARE_PITCH: u32 = 16;
-//#else
 const TOKENS: u32 = 32;
-const SHARE_PITCH: u32 = 36;                    // so that rows begin in different banks
-//#endif
 //#if EMULATED
 const K_COLUMNS: u32 = 192;                     // less of everything, to fit smaller memories
 const COLUMNS: u32 = 128;
@@ -32,24 +26,20 @@ const COLUMNS: u32 = 128;
 const K_COLUMNS: u32 = 576;                     // of head_dim_k, at most
 const COLUMNS: u32 = 512;                       // of head_dim_v, at most
 //#endif
-const VECTORS: u32 = K_COLUMNS / 8u;            // of 16 bytes, a token
-const SUBGROUP_TOKENS: u32 = TOKENS / SUBGROUP_COUNT;   // that a subgroup copies
-// A token's columns in shared memory. 16 bytes more than a multiple of 128, so that a matrix's rows begin in different
-// banks. Once there are scores the rope columns are of no use: line t then has weights of rows t, TOKENS + t, ..
-const PITCH: u32 = COLUMNS + 72u;
+// A token's columns in shared memory; behind them, 32 weights of row t and of row 32 + t in line t. 16 bytes more than a multiple of
+// 128, so that a matrix's rows begin in different banks.
 const WEIGHTS_AT: u32 = COLUMNS;
-const LANES: u32 = 4;                           // invocations that share a row's scores
-const LANE_TOKENS: u32 = TOKENS / LANES;        // neighbours
+const PITCH: u32 = COLUMNS + 72u;
+const SUBGROUP_TOKENS: u32 = TOKENS / SUBGROUP_COUNT;   // that a subgroup copies
+const VECTORS: u32 = K_COLUMNS / 8u;            // of 16 bytes, a token
+const LANES: u32 = min(THREADS / ROWS, 8u);     // invocations that share a row's scores, of one subgroup anywhere
+const TOKENS_PER_LANE: u32 = TOKENS / LANES;
 const MAX_RISE: f32 = 8.0;
 
-// For scores a subgroup multiplies 16 rows with 16 tokens, or with all, over a share of head_dim_k's columns.
-const ROW_TILES: u32 = ROWS / 16u;
-//#if LEAN
-const SHARES: u32 = 8;
-const STORED_SHARES: u32 = 8;
-//#elif ROWS_64
-const SHARES: u32 = 2;
-const STORED_SHARES: u32 = 1;                   // memory is for one: the other is added to it
+// Which 16 rows, which 16 tokens and which share of the columns a subgroup multiplies for scores.
+//#if ROWS_64
+const SHARES: u32 = 2;                          // added up before they are stored: memory is for one
+const STORED_SHARES: u32 = 1;
 //#elif ROWS_32
 const SHARES: u32 = 2;
 const STORED_SHARES: u32 = 2;
@@ -57,23 +47,22 @@ const STORED_SHARES: u32 = 2;
 const SHARES: u32 = 4;
 const STORED_SHARES: u32 = 4;
 //#endif
-const TOKENS_APART: u32 = SUBGROUP_COUNT / (ROW_TILES * SHARES);
+const ROW_TILES: u32 = ROWS / 16u;
+const TOKENS_APART: u32 = SUBGROUP_COUNT / (ROW_TILES * SHARES);     // 1 where a subgroup has both groups of 16 tokens
 const SHARE_COLUMNS: u32 = K_COLUMNS / SHARES;
+const SHARE_PITCH: u32 = TOKENS + 4u;           // again so that rows begin in different banks
 
 // Matrices go to and from memory that begins at a multiple of 16 bytes: nothing here or in decode.wgsl has a size that
 // is not one, so that the order in which a driver lays it out does not matter.
 var<workgroup> keys: array<vec4<f16>, TOKENS * PITCH / 4u>;
-//#if LEAN
-var<workgroup> queries: array<vec4<f16>, ROWS * PITCH / 4u>;
-//#endif
 // STORED_SHARES x ROWS x TOKENS; or 16 x 16 for each subgroup.
-var<workgroup> shares: array<vec4<f32>, max(STORED_SHARES * ROWS * SHARE_PITCH / 4u, 512u)>;
+var<workgroup> shares: array<vec4<f32>, 64u * SHARE_PITCH / 4u>;
 var<workgroup> factors: array<f32, ROWS>;
-var<workgroup> risen: array<u32, 4>;            // the last tile, plus 1, in which a reference had to follow
-// Where the tokens of this tile and of the next are, in units of 16 bytes, and whether they are there.
+var<workgroup> risen: array<u32, 4>;            // the last step, plus 1, in which a reference had to follow
+// Where the tokens of this step and of the next are, in units of 16 bytes, and whether they are there: all bits or none.
 var<workgroup> ckv_tokens: array<u32, 64>;
 var<workgroup> kpe_tokens: array<u32, 64>;
-var<workgroup> present: array<vec4<u32>, 16>;
+var<workgroup> present: array<u32, 64>;
 
 //#if EMULATED
 // For tests, on adapters without such matrices. A factor is where it lies: in shared memory, or, of queries, in copies
@@ -82,40 +71,34 @@ struct InMemory {
     at: u32,
     row_pitch: u32,
     column_pitch: u32,
-    source: u32,                                // 0: keys, 1: copies, 2: queries
+    copied: bool,
 }
 alias MatrixA = InMemory;
 alias MatrixB = InMemory;
 alias MatrixC = array<f32, 8>;
 
 var<private> invocation: u32;                   // of the subgroup
-var<private> copies: array<f32, 768>;           // 8 rows x 16 columns for each of QUERY_TILES, which are 6 or fewer
+var<private> copies: array<f32, 768>;           // 8 rows x 16 columns for each of QUERY_TILES
 
 fn key(i: u32) -> f32 { return f32(keys[i / 4u][i % 4u]); }
 fn load_queries(at: u32, q: u32) -> MatrixA {
     for (var i = params.padding_1; i < 128u; i += 1u) {
         copies[q * 128u + i] = key(at + (invocation / 16u + i / 16u * 2u) * PITCH + i % 16u);
     }
-    return InMemory(q * 128u, 16u, 1u, 1u);
+    return InMemory(q * 128u, 16u, 1u, true);
 }
-fn load_query(at: u32) -> MatrixA { return InMemory(at, PITCH, 1u, 2u); }
-fn load_weights(at: u32) -> MatrixA { return InMemory(at, PITCH, 1u, 0u); }
-fn load_keys(at: u32) -> MatrixB { return InMemory(at, 1u, PITCH, 0u); }
-fn load_values(at: u32) -> MatrixB { return InMemory(at, PITCH, 1u, 0u); }
+fn load_weights(at: u32) -> MatrixA { return InMemory(at, PITCH, 1u, false); }
+fn load_keys(at: u32) -> MatrixB { return InMemory(at, 1u, PITCH, false); }
+fn load_values(at: u32) -> MatrixB { return InMemory(at, PITCH, 1u, false); }
 fn multiply_add(a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC {
     var sum = c;
     for (var e = params.padding_1; e < 8u; e += 1u) {
         for (var k = params.padding_1; k < 16u; k += 1u) {
             var x: f32;
-            let at = a.at + (invocation / 16u + e * 2u) * a.row_pitch + k * a.column_pitch;
-            if a.source == 1u {
+            if a.copied {
                 x = copies[a.at + e * a.row_pitch + k];
-//#if LEAN
-            } else if a.source == 2u {
-                x = f32(queries[at / 4u][at % 4u]);
-//#endif
             } else {
-                x = key(at);
+                x = key(a.at + (invocation / 16u + e * 2u) * a.row_pitch + k * a.column_pitch);
             }
             sum[e] += x * key(b.at + k * b.row_pitch + invocation % 16u * b.column_pitch);
         }
@@ -162,9 +145,6 @@ alias MatrixC = coop_mat16x16<f32, C>;
 // Rows of a matrix are a pitch apart (coopLoadT), or its columns (coopLoad). Pitches count what memory has been declared
 // as an array of.
 fn load_queries(at: u32, q: u32) -> MatrixA { return coopLoadT<MatrixA>(&keys[at / 4u], PITCH / 4u); }
-//#if LEAN
-fn load_query(at: u32) -> MatrixA { return coopLoadT<MatrixA>(&queries[at / 4u], PITCH / 4u); }
-//#endif
 fn load_weights(at: u32) -> MatrixA { return coopLoadT<MatrixA>(&keys[at / 4u], PITCH / 4u); }
 fn load_keys(at: u32) -> MatrixB { return coopLoad<MatrixB>(&keys[at / 4u], PITCH / 4u); }
 fn load_values(at: u32) -> MatrixB { return coopLoadT<MatrixB>(&keys[at / 4u], PITCH / 4u); }
@@ -183,83 +163,53 @@ fn store_accumulators(m: MatrixC, at: u32) {
 }
 //#endif
 
-// Where a token is: its column of the block table, and its place in the page.
-struct Position {
-    page_at: u32,
-    in_page: u32,
-}
-fn position_of(token: u32) -> Position {
-    return Position(token / params.page_size, token % params.page_size);
-}
-
 // The page of a token, in this window or beyond.
-fn page_of(table_row: u32, at: Position, token: u32, end: u32) -> u32 {
-    if token >= end {
-        return NOWHERE;
-    }
-    return u32(block_table[table_row + at.page_at]) - params.first_page;
+fn page_of(table_row: u32, token: u32) -> u32 {
+    return u32(block_table[table_row + token / params.page_size]) - params.first_page;
 }
 
-// The first tile from token `first` on that has anything in this window of pages.
+// The first step from `first` on that has anything in this window of pages.
 fn seek(table_row: u32, first: u32, end: u32) -> u32 {
     var step = first;
     if params.windows > 1u && params.page_size % TOKENS == 0u {
-        while step < end && page_of(table_row, position_of(step), step, end) >= params.window_pages {
+        while step < end && page_of(table_row, step) >= params.window_pages {
             step += TOKENS;
         }
     }
     return step;
 }
 
-// The position TOKENS tokens on, or wherever the next tile of this window is.
-fn advance(at: Position, token: u32) -> Position {
-    if params.windows > 1u {
-        return position_of(token);
-    }
-    var next = Position(at.page_at, at.in_page + TOKENS);       // without a division
-    while next.in_page >= params.page_size {
-        next.in_page -= params.page_size;
-        next.page_at += 1u;
-    }
-    return next;
-}
-
-// Leaves where a token is in slot `slot` of the offsets. Of what is not to be read the first of all is, and discarded.
-fn locate(page: u32, in_page: u32, kv_head: u32, slot: u32) {
-    let exists = page < params.window_pages;
+// Where a token is: to slot `slot` of the offsets. Of what is not to be read the first of all is, and discarded.
+fn locate(page: u32, token: u32, end: u32, kv_head: u32, slot: u32) {
+    let in_page = token % params.page_size;
+    let exists = token < end && page < params.window_pages;
     let ckv_at = params.ckv.x + page * params.ckv.y + in_page * params.ckv.z + kv_head * params.ckv.w;
     let kpe_at = params.kpe.x + page * params.kpe.y + in_page * params.kpe.z + kv_head * params.kpe.w;
     ckv_tokens[slot] = select(0u, ckv_at / 8u, exists);
     kpe_tokens[slot] = select(0u, kpe_at / 8u, exists);
-    present[slot / 4u][slot % 4u] = u32(exists);
+    present[slot] = select(0u, 0xffffffffu, exists);
 }
 
-// A subgroup copies SUBGROUP_TOKENS tokens, an invocation LOADS vectors of 16 bytes: load `n` is of this token and this
-// vector of it, if that exists.
+// A subgroup copies some tokens, an invocation LOADS vectors of 16 bytes: load `n` is of this token and this vector of it.
 struct Vector {
     token: u32,
     vector: u32,
-    exists: bool,
 }
 fn vector_of(n: u32, subgroup: u32, invocation: u32) -> Vector {
 //#if EMULATED
     let i = n * 32u + invocation;
-    return Vector(subgroup * SUBGROUP_TOKENS + i / VECTORS, i % VECTORS, i < SUBGROUP_TOKENS * VECTORS);
+    return Vector(subgroup * SUBGROUP_TOKENS + i / VECTORS, i % VECTORS);
 //#else
-    // Two loads for the first 512 columns of each token; one for what is left of four.
+    // Two loads for the first 512 columns of each token, and one for what is left of four.
     if n < SUBGROUP_TOKENS * 2u {
-        return Vector(subgroup * SUBGROUP_TOKENS + n / 2u, n % 2u * 32u + invocation, true);
+        return Vector(subgroup * SUBGROUP_TOKENS + n / 2u, n % 2u * 32u + invocation);
     }
-    let token = (n - SUBGROUP_TOKENS * 2u) * 4u + invocation / 8u;
-    return Vector(subgroup * SUBGROUP_TOKENS + token, 64u + invocation % 8u, token < SUBGROUP_TOKENS);
+    return Vector(subgroup * SUBGROUP_TOKENS + (n - SUBGROUP_TOKENS * 2u) * 4u + invocation / 8u, 64u + invocation % 8u);
 //#endif
 }
 
-// 16 bytes of a key; beyond head_dim_k 0.
-fn key_vector(n: u32, half: u32, place: Vector) -> Eight {
-    if !place.exists {
-        return Eight();
-    }
+// 16 bytes of a key, or of a query row; beyond head_dim_k 0.
+fn key_vector(n: u32, half: u32, place: Vector) -> vec4<u32> {
     let slot = half + place.token;
 //#if FULL
 //#if EMULATED
@@ -268,40 +218,38 @@ fn key_vector(n: u32, half: u32, place: Vector) -> Eight {
     let in_v = n < SUBGROUP_TOKENS * 2u;
 //#endif
     if in_v {
-        return ckv_eight(ckv_tokens[slot] + place.vector);
+        return ckv[ckv_tokens[slot] + place.vector];
     }
-    return kpe_eight(kpe_tokens[slot] + place.vector - COLUMNS / 8u);
+    return kpe[kpe_tokens[slot] + place.vector - COLUMNS / 8u];
 //#else
     let column = place.vector * 8u;
     if column < params.head_dim_v {
-        return ckv_eight(ckv_tokens[slot] + place.vector);
+        return ckv[ckv_tokens[slot] + place.vector];
     }
     if column < params.head_dim_k {
-        return kpe_eight(kpe_tokens[slot] + (column - params.head_dim_v) / 8u);
+        return kpe[kpe_tokens[slot] + (column - params.head_dim_v) / 8u];
     }
-    return Eight();
+    return vec4<u32>(0u);
 //#endif
 }
-// 16 bytes of a query row; beyond head_dim_k, and of rows that do not exist, 0.
-fn query_vector(row: u32, vector: u32) -> Eight {
+fn query_vector(row: u32, vector: u32) -> vec4<u32> {
     let at = q_nope_rows[row];
     let column = vector * 8u;
     if at == NOWHERE || column >= params.head_dim_k {
-        return Eight();
+        return vec4<u32>(0u);
     }
     if column < params.head_dim_v {
-        return q_nope_eight((at + column) / 8u);
+        return q_nope[(at + column) / 8u];
     }
-    return q_pe_eight((q_pe_rows[row] + column - params.head_dim_v) / 8u);
+    return q_pe[(q_pe_rows[row] + column - params.head_dim_v) / 8u];
 }
-fn store_key(half: u32, place: Vector, v: Eight) {
-    if place.exists {
-        let slot = half + place.token;
-        let exists = present[slot / 4u][slot % 4u] != 0u;
-        let at = place.token * (PITCH / 4u) + place.vector * 2u;
-        keys[at] = select(vec4<f16>(), first_half(v), exists);
-        keys[at + 1u] = select(vec4<f16>(), second_half(v), exists);
-    }
+fn store_vector(row: u32, vector: u32, v: vec4<u32>) {
+    let at = row * (PITCH / 4u) + vector * 2u;
+    keys[at] = vec4<f16>(halves(v.x), halves(v.y));
+    keys[at + 1u] = vec4<f16>(halves(v.z), halves(v.w));
+}
+fn store_key(half: u32, place: Vector, v: vec4<u32>) {
+    store_vector(place.token, place.vector, v & vec4<u32>(present[half + place.token]));
 }
 
 // The sum of `value`, or its maximum, over the lanes of a row, which are neighbours.
@@ -320,11 +268,6 @@ fn row_max(value: f32) -> f32 {
     return m;
 }
 
-// A barrier that naga lets stand where only a reader sees that all invocations pass.
-fn settle() {
-    workgroupBarrier();
-}
-
 // Tokens [begin, end) of a request, for one row tile; the result goes to row `slot` of the partial results.
 fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice: u32, thread: u32) {
     let row = thread / LANES % ROWS;    // for softmax, and whether there is one
@@ -337,19 +280,11 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     let kv_head = row_of(tile, 0u).kv_head;
     let table_row = params.block_table.x + request * params.block_table.y;
     let column = subgroup * (COLUMNS / SUBGROUP_COUNT);     // the subgroup's first column of V
+
     let row_tile = subgroup % ROW_TILES;
     let token_tile = subgroup / ROW_TILES % TOKENS_APART;
     let share = subgroup / (ROW_TILES * TOKENS_APART);
 
-//#if LEAN
-    workgroupBarrier();
-    for (var n = thread; n < ROWS * VECTORS; n += THREADS) {
-        let v = query_vector(n / VECTORS, n % VECTORS);
-        let at = n / VECTORS * (PITCH / 4u) + n % VECTORS * 2u;
-        queries[at] = first_half(v);
-        queries[at + 1u] = second_half(v);
-    }
-//#else
     // Queries, by way of the memory that keys will have: 32 rows at a time.
 //#for q QUERY_TILES
     var q_$q: MatrixA;
@@ -357,10 +292,7 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     for (var first = 0u; first < ROWS; first += 32u) {
         workgroupBarrier();
         for (var n = thread; n < min(ROWS, 32u) * VECTORS; n += THREADS) {
-            let v = query_vector(first + n / VECTORS, n % VECTORS);
-            let at = n / VECTORS * (PITCH / 4u) + n % VECTORS * 2u;
-            keys[at] = first_half(v);
-            keys[at + 1u] = second_half(v);
+            store_vector(n / VECTORS, n % VECTORS, query_vector(first + n / VECTORS, n % VECTORS));
         }
         workgroupBarrier();
         if row_tile / 2u == first / 32u {
@@ -370,8 +302,6 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 //#endfor
         }
     }
-    workgroupBarrier();
-//#endif
 
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
@@ -385,199 +315,167 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     if thread == 0u {
         risen[0] = 0u;
     }
-    // Before the first tile, nothing is multiplied with nothing.
-    for (var i = thread; i < TOKENS * PITCH / 4u; i += THREADS) {
-        keys[i] = vec4<f16>();
-    }
 
-    var step = seek(table_row, begin, end);                 // the first token of this tile
-    var step_1 = seek(table_row, step + TOKENS, end);       // and of the next
-    // The last subgroup finds out where tokens are: one of the next tile an invocation.
-    let locates = thread >= THREADS - TOKENS;
-    let located = thread % TOKENS;
-    var position = position_of(step_1 + located);
-    var page = NOWHERE;
-    if locates {
-        let first = position_of(step + located);
-        locate(page_of(table_row, first, step + located, end), first.in_page, kv_head, located);
-        page = page_of(table_row, position, step_1 + located, end);
+    var step = seek(table_row, begin, end);
+    var next_step = seek(table_row, step + TOKENS, end);
+    var here = 0u;                      // the half of the offsets that is this step's
+    var next_page = NOWHERE;            // of invocation t: the page of token t of the next step
+    if thread < TOKENS {
+        var page = NOWHERE;
+        if step + thread < end {
+            page = page_of(table_row, step + thread);
+        }
+        locate(page, step + thread, end, kv_head, thread);
+        if next_step + thread < end {
+            next_page = page_of(table_row, next_step + thread);
+        }
     }
-//#for l LOADS
-    let place_$l = vector_of($lu, subgroup, thread % 32u);
-//#endfor
-//#if TOUCH
-    var touched = 0.0;
-//#endif
     workgroupBarrier();
-
-    var here = 0u;                      // the half of the offsets that is this tile's
-    var n = 0u;
-    var more = true;
-    while more {
-        // As long as no reference has to follow.
-        loop {
-            // Weights x V of the tile before.
-//#if EARLY
-//#for l LOADS
-            let key_$l = key_vector($lu, here, place_$l);
+//#for n LOADS
+    let place_$n = vector_of($nu, subgroup, thread % 32u);
+//#endfor
+//#if PREFETCH
+//#for n LOADS
+    var next_$n = key_vector($nu, here, place_$n);
 //#endfor
 //#endif
-//#for g TOKEN_TILES
-//#for m MATRIX_ROWS
-            let weights_$g_$m = load_weights($mu * 16u % TOKENS * PITCH + WEIGHTS_AT + $mu * 16u / TOKENS * TOKENS + $gu * 16u);
+    while step < end {
+        let step_after = seek(table_row, next_step + TOKENS, end);
+        let there = TOKENS - here;
+//#if PREFETCH
+        workgroupBarrier();             // the step before has been read
+//#for n LOADS
+        store_key(here, place_$n, next_$n);
 //#endfor
-//#for c MATRIX_COLUMNS
-            let v_$g_$c = load_values($gu * 16u * PITCH + column + $cu * 16u);
-//#for m MATRIX_ROWS
-            sum_$m_$c = multiply_add(weights_$g_$m, v_$g_$c, sum_$m_$c);
-//#endfor
-//#endfor
-//#endfor
-            if step >= end {
-                more = false;
-                break;
-            }
-
-            // Keys.
-//#if EARLY
 //#else
-//#for l LOADS
-            let key_$l = key_vector($lu, here, place_$l);
+//#for n LOADS
+        let next_$n = key_vector($nu, here, place_$n);
+//#endfor
+        workgroupBarrier();             // the step before has been read
+//#for n LOADS
+        store_key(here, place_$n, next_$n);
 //#endfor
 //#endif
-            workgroupBarrier();
-//#for l LOADS
-            store_key(here, place_$l, key_$l);
-//#endfor
-            let there = TOKENS - here;
-            let step_2 = seek(table_row, step_1 + TOKENS, end);
-            if locates {
-                locate(page, position.in_page, kv_head, there + located);
-                position = advance(position, step_2 + located);
-                page = page_of(table_row, position, step_2 + located, end);
+        if thread < TOKENS {
+            locate(next_page, next_step + thread, end, kv_head, there + thread);
+            if step_after + thread < end {
+                next_page = page_of(table_row, step_after + thread);
             }
-            workgroupBarrier();
-//#if TOUCH
-            // Has the next tile's lines of 128 bytes brought near.
-            let near = ckv[(ckv_tokens[there + thread / 8u] + thread % 8u * (COLUMNS / 64u)) * 2u].x;
-            var near_kpe = f16();
-            if thread < TOKENS {
-                near_kpe = kpe[kpe_tokens[there + thread] * 2u].x;
-            }
-//#endif
+        }
+        workgroupBarrier();
 
-            // Scores.
-            let share_at = ((share % STORED_SHARES) * ROWS + row_tile * 16u) * SHARE_PITCH + token_tile * 16u;
-//#if LEAN
-            var score: MatrixC;
-            score = MatrixC();
-            for (var k = share * 16u; k < params.head_dim_k; k += SHARES * 16u) {
-                score = multiply_add(load_query(k), load_keys(k), score);
-            }
-            store_share(score, share_at, SHARE_PITCH);
-//#else
-            let first_key = token_tile * 16u * PITCH + share * SHARE_COLUMNS;
+        // Scores.
+        let first_key = token_tile * 16u * PITCH + share * SHARE_COLUMNS;
 //#for s SCORE_TILES
-            var score_$s: MatrixC;
-            score_$s = MatrixC();
+        var score_$s: MatrixC;
+        score_$s = MatrixC();
 //#endfor
 //#for q QUERY_TILES
 //#for s SCORE_TILES
-            score_$s = multiply_add(q_$q, load_keys(first_key + $su * 16u * PITCH + $qu * 16u), score_$s);
+        score_$s = multiply_add(q_$q, load_keys(first_key + $su * 16u * PITCH + $qu * 16u), score_$s);
 //#endfor
 //#endfor
+        let share_at = ((share % STORED_SHARES) * ROWS + row_tile * 16u) * SHARE_PITCH + token_tile * 16u;
 //#if ROWS_64
-            if share == 1u {
-//#for s SCORE_TILES
-                store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
-//#endfor
-            }
-            workgroupBarrier();
-            if share == 0u {
-//#for s SCORE_TILES
-                store_share(plus(score_$s, load_share(share_at + $su * 16u, SHARE_PITCH)), share_at + $su * 16u, SHARE_PITCH);
-//#endfor
-            }
-//#else
+        if share == 1u {
 //#for s SCORE_TILES
             store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
 //#endfor
-//#endif
-//#endif
-//#if TOUCH
-            touched += f32(near) + f32(near_kpe);
-//#endif
-            workgroupBarrier();
-
-            // Softmax. A token that the row does not see, or that is in another window, weighs exactly 0.
-            if has_row {
-                var highest = LOWEST;
-//#for i LANE_VECTORS
-                var scores_$i = shares[(row * SHARE_PITCH + lane * LANE_TOKENS) / 4u + $iu];
-//#for s MORE_SHARES
-                scores_$i += shares[((($su + 1u) * ROWS + row) * SHARE_PITCH + lane * LANE_TOKENS) / 4u + $iu];
-//#endfor
-                let token_$i = step + lane * LANE_TOKENS + $iu * 4u + vec4<u32>(0u, 1u, 2u, 3u);
-                let present_$i = present[(here + lane * LANE_TOKENS) / 4u + $iu];
-                let seen_$i = (token_$i < vec4<u32>(ends[row])) & (present_$i != vec4<u32>(0u));
-                scores_$i = select(vec4<f32>(LOWEST), scores_$i * params.scale_log2, seen_$i);
-                highest = max(highest, max(max(scores_$i.x, scores_$i.y), max(scores_$i.z, scores_$i.w)));
-//#endfor
-                highest = row_max(highest);
-                var factor = 1.0;
-                if highest > top + MAX_RISE || (top == LOWEST && highest > LOWEST) {
-                    factor = exp2(top - highest);
-                    if top != LOWEST {
-                        risen[0] = n + 1u;      // several may write: the same number
-                    }
-                    top = highest;
-                    sum *= factor;
-                    lse_sum *= factor;
-                }
-                if lane == 0u {
-                    factors[row] = factor;
-                }
-                let weights_at = (row % TOKENS * PITCH + WEIGHTS_AT + row / TOKENS * TOKENS + lane * LANE_TOKENS) / 4u;
-//#for i LANE_VECTORS
-                let weight_$i = select(vec4<f32>(0.0), exp2(scores_$i - top), seen_$i);
-                let rounded_$i = vec4<f16>(weight_$i);
-                let as_multiplied_$i = vec4<f32>(rounded_$i);
-                lse_sum += weight_$i.x + weight_$i.y + weight_$i.z + weight_$i.w;
-                sum += as_multiplied_$i.x + as_multiplied_$i.y + as_multiplied_$i.z + as_multiplied_$i.w;
-                keys[weights_at + $iu] = rounded_$i;
-//#endfor
-            }
-            step = step_1;
-            step_1 = step_2;
-            here = there;
-            n += 1u;
-            workgroupBarrier();
-            if risen[0] == n {
-                break;
-            }
         }
-        if more {
+        workgroupBarrier();
+        if share == 0u {
+//#for s SCORE_TILES
+            score_$s = plus(score_$s, load_share(share_at + $su * 16u, SHARE_PITCH));
+            store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
+//#endfor
+        }
+//#else
+//#for s SCORE_TILES
+        store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
+//#endfor
+//#endif
+        workgroupBarrier();
+//#if PREFETCH
+//#for n LOADS
+        next_$n = key_vector($nu, there, place_$n);
+//#endfor
+//#endif
+
+        // Softmax: this lane has 4 or 8 neighbouring tokens. One that the row does not see, or that is in another window,
+        // weighs exactly 0.
+        let first_token = lane * TOKENS_PER_LANE;
+        var highest = LOWEST;
+//#for i LANE_VECTORS
+        var score_at_$i = shares[(row * SHARE_PITCH + first_token) / 4u + $iu];
+        for (var s = 1u; s < STORED_SHARES; s += 1u) {
+            score_at_$i += shares[((s * ROWS + row) * SHARE_PITCH + first_token) / 4u + $iu];
+        }
+        score_at_$i *= params.scale_log2;
+        let token_$i = step + first_token + $iu * 4u + vec4<u32>(0u, 1u, 2u, 3u);
+        let slot_$i = here + first_token + $iu * 4u;
+        let there_$i = vec4<u32>(present[slot_$i], present[slot_$i + 1u], present[slot_$i + 2u], present[slot_$i + 3u]);
+        let seen_$i = (token_$i < vec4<u32>(ends[row])) & (there_$i != vec4<u32>(0u));
+        score_at_$i = select(vec4<f32>(LOWEST), score_at_$i, seen_$i);
+        highest = max(highest, max(max(score_at_$i.x, score_at_$i.y), max(score_at_$i.z, score_at_$i.w)));
+//#endfor
+        highest = row_max(highest);
+        var factor = 1.0;
+        if highest > top + MAX_RISE || (top == LOWEST && highest > LOWEST) {
+            factor = exp2(top - highest);
+            if top != LOWEST && has_row {
+                risen[0] = step + 1u;   // several may write: the same number
+            }
+            top = highest;
+            sum *= factor;
+            lse_sum *= factor;
+        }
+        if has_row && lane == 0u {
+            factors[row] = factor;
+        }
+        let weights_at = (row % 32u * PITCH + WEIGHTS_AT + row / 32u * 32u + first_token) / 4u;
+//#for i LANE_VECTORS
+        let weight_$i = select(vec4<f32>(0.0), exp2(score_at_$i - top), seen_$i);
+        let rounded_$i = vec4<f16>(weight_$i);
+        lse_sum += weight_$i.x + weight_$i.y + weight_$i.z + weight_$i.w;
+        let as_multiplied_$i = vec4<f32>(rounded_$i);
+        sum += as_multiplied_$i.x + as_multiplied_$i.y + as_multiplied_$i.z + as_multiplied_$i.w;
+        if has_row {
+            keys[weights_at + $iu] = rounded_$i;
+        }
+//#endfor
+        let rescale = workgroupUniformLoad(&risen[0]) == step + 1u;
+        if rescale {
             // The shares have been read: their memory serves, 16 x 16 for each subgroup.
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
             store_share(sum_$m_$c, subgroup * 256u, 16u);
-            settle();
+            workgroupBarrier();
             for (var i = thread % 32u; i < 64u; i += 32u) {
                 shares[subgroup * 64u + i] *= factors[$mu * 16u + i / 4u];
             }
-            settle();
+            workgroupBarrier();
             sum_$m_$c = load_share(subgroup * 256u, 16u);
-            settle();
+            workgroupBarrier();
 //#endfor
 //#endfor
         }
+
+        // Weights x V, 16 tokens at a time.
+//#for g 2
+//#for m MATRIX_ROWS
+        let weights_$g_$m = load_weights($mu % 2u * 16u * PITCH + WEIGHTS_AT + $mu / 2u * 32u + $gu * 16u);
+//#endfor
+//#for c MATRIX_COLUMNS
+        let v_$g_$c = load_values($gu * 16u * PITCH + column + $cu * 16u);
+//#for m MATRIX_ROWS
+        sum_$m_$c = multiply_add(weights_$g_$m, v_$g_$c, sum_$m_$c);
+//#endfor
+//#endfor
+//#endfor
+        step = next_step;
+        next_step = step_after;
+        here = there;
     }
-//#if TOUCH
-    // What was brought near must seem to be of use.
-    if params.padding_1 != 0u {
-        risen[0] = u32(touched);
-    }
-//#endif
 
     let partial_row = slot * params.row_tiles * ROWS + (tile - params.first_row_tile) * ROWS;
     let all = row_sum(sum);

@@ -55,7 +55,7 @@ fn compile(context: &Context, kernel: Kernel, path: Path, dtype: DType, full: bo
     let mut entries = vec![buffer(0, ::wgpu::BufferBindingType::Uniform, true, size_of::<Params>() as u64)];
     for (i, read_only) in kernel.read_only().iter().enumerate() {
         // Matrix paths read elements of q and of the cache 16 bytes at a time.
-        let element = if kernel == Kernel::Decode && path.is_matrix() && i < 4 { 8 } else { 4 };
+        let element = if kernel == Kernel::Decode && path.is_matrix() && i < 4 { 16 } else { 4 };
         entries.push(buffer(
             i as u32 + 1,
             ::wgpu::BufferBindingType::Storage { read_only: *read_only },

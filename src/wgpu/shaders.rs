@@ -136,15 +136,14 @@ impl Path {
             Path::Plain => return vec![],
             Path::Subgroups => return vec!["SUBGROUPS"],
             Path::NativeF16 => return vec!["SUBGROUPS", "NATIVE_F16"],
-            Path::Matrix16 | Path::EmulatedMatrix16 if self.is_lean() => vec!["LEAN"],
-            Path::Matrix16 | Path::EmulatedMatrix16 => vec!["EARLY"],
-            Path::Matrix32 | Path::EmulatedMatrix32 => vec!["ROWS_32", "EARLY"],
+            Path::Matrix16 | Path::EmulatedMatrix16 => vec!["PREFETCH"],
+            Path::Matrix32 | Path::EmulatedMatrix32 => vec!["PREFETCH", "ROWS_32"],
+            // All registers are for sums and queries.
             Path::Matrix64 | Path::EmulatedMatrix64 => vec!["ROWS_64"],
         };
         defines.extend(["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX"]);
         defines.extend(self.is_emulated().then_some("EMULATED"));
         defines.extend(full.then_some("FULL"));
-        defines.extend((full && self.rows() == 64).then_some("TOUCH"));
         defines
     }
 
@@ -177,34 +176,22 @@ impl Path {
         }
     }
 
-    /// Whether queries lie in shared memory, so that a workgroup needs few registers.
-    fn is_lean(self) -> bool {
-        self == Path::EmulatedMatrix16 || self == Path::Matrix16 && std::env::var_os("POLYMLA_FAT").is_none()
-    }
-
     /// How often the template repeats what is done for each matrix: the numbers of matrix.wgsl.
     fn counts(self) -> Vec<(&'static str, usize)> {
         if !self.is_matrix() {
             return vec![];
         }
-        let (subgroups, rows) = (8, self.rows());
+        let (subgroups, tokens, rows) = (8, 32, self.rows());
         let (k_columns, columns) = self.most_columns();
-        let (tokens, shares, stored) = match rows {
-            64 => (32, 2, 1),
-            32 => (32, 2, 2),
-            _ if self.is_lean() => (16, 8, 8),
-            _ => (32, 4, 4),
-        };
+        let shares = if rows == 16 { 4 } else { 2 };
         let apart = subgroups / (rows / 16 * shares);
         vec![
             ("MATRIX_ROWS", rows / 16),
             ("MATRIX_COLUMNS", columns / 16 / subgroups),
-            ("TOKEN_TILES", tokens / 16),
-            ("LANE_VECTORS", tokens / 16),
             ("QUERY_TILES", k_columns / 16 / shares),
             ("SCORE_TILES", tokens / 16 / apart),
-            ("MORE_SHARES", stored - 1),
-            ("LOADS", (tokens * k_columns / 8).div_ceil(subgroups * 32)),
+            ("LOADS", tokens * k_columns / 8 / (subgroups * 32)),
+            ("LANE_VECTORS", tokens / (subgroups * 32 / rows).min(8) / 4),
         ]
     }
 }
