@@ -76,6 +76,9 @@ impl WgpuBackend {
     /// A backend over a device of the caller's, who keeps its callbacks. Paths are chosen from the features that the
     /// device was opened with.
     ///
+    /// Matrices only where [`WgpuBackend::with_path`] asks for them: a device does not tell their sizes, which must be
+    /// 16 x 16 x 16, f16 into f32.
+    ///
     /// # Errors
     /// [`MlaError::Platform`].
     pub fn from_device(
@@ -187,7 +190,9 @@ impl WgpuBackend {
         };
         let wanted = self.forced.unwrap_or_else(|| {
             let order = [matrix, Path::NativeF16, Path::Subgroups];
-            order.into_iter().find(|p| self.has(*p) && p.takes(problem.dtype())).unwrap_or(Path::Plain)
+            let taken =
+                |p: &Path| self.has(*p) && p.takes(problem.dtype()) && (!p.is_matrix() || self.context.known_matrices);
+            order.into_iter().find(taken).unwrap_or(Path::Plain)
         });
         match wanted {
             _ if !wanted.takes(problem.dtype()) && self.has(Path::Subgroups) => Path::Subgroups,
@@ -218,7 +223,7 @@ impl WgpuBackend {
             Kernel::Combine | Kernel::Decode => (path, problem.dtype()),
         };
         let full = kernel == Kernel::Decode && path.is_full(problem.head_dim_k(), problem.head_dim_v());
-        self.pipelines.get(&self.context, kernel, path, dtype, full)
+        self.pipelines.get(&self.context, (kernel, path, dtype, full))
     }
 
     /// Waits for the device and copies a plan to the host: `tile_scheduler_metadata` and `num_splits`.

@@ -15,8 +15,10 @@ pub(super) struct Context {
     pub(super) limits: ::wgpu::Limits,
     pub(super) features: ::wgpu::Features,
     pub(super) adapter: ::wgpu::AdapterInfo,
-    /// Whether the device multiplies f16 matrices of 16 x 16 into f32.
+    /// Whether the device multiplies matrices.
     pub(super) matrices: bool,
+    /// Whether it is known to multiply f16 ones of 16 x 16 into f32: an adapter tells, a caller's device does not.
+    pub(super) known_matrices: bool,
     /// Why the device was lost, once it was. A caller's own device has the caller's callback, not ours.
     lost: Arc<Mutex<Option<String>>>,
 }
@@ -105,7 +107,9 @@ impl Context {
         };
         let (device, queue) =
             pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| absent(format!("{adapter:?}: {e}")))?;
-        let context = Self::new(adapter.get_info(), device, queue);
+        let mut context = Self::new(adapter.get_info(), device, queue);
+        // Not asked for where they have other sizes.
+        context.known_matrices = context.matrices;
         let lost = context.lost.clone();
         context.device.set_device_lost_callback(move |reason, message| {
             let mut lost = lost.lock().unwrap_or_else(PoisonError::into_inner);
@@ -118,7 +122,7 @@ impl Context {
     pub(super) fn new(adapter: ::wgpu::AdapterInfo, device: ::wgpu::Device, queue: ::wgpu::Queue) -> Context {
         let (limits, features) = (device.limits(), device.features());
         let matrices = features.contains(::wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
-        Context { device, queue, limits, features, adapter, matrices, lost: Arc::default() }
+        Context { device, queue, limits, features, adapter, matrices, known_matrices: false, lost: Arc::default() }
     }
 
     /// Runs `work`, with what wgpu would report elsewhere, or end the process for, as an error.

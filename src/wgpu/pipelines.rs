@@ -15,10 +15,13 @@ pub(super) struct Pipeline {
     pub(super) layout: ::wgpu::BindGroupLayout,
 }
 
+/// What a kernel is compiled for: a path, an element type, and whether all columns of a matrix path are used.
+type Key = (Kernel, Path, DType, bool);
+
 /// The kernels compiled so far.
 #[derive(Default)]
 pub(super) struct Pipelines {
-    compiled: Mutex<HashMap<(Kernel, Path, DType, bool), Arc<Pipeline>>>,
+    compiled: Mutex<HashMap<Key, Arc<Pipeline>>>,
 }
 
 impl Pipelines {
@@ -26,25 +29,18 @@ impl Pipelines {
     ///
     /// # Errors
     /// [`MlaError::Platform`](crate::MlaError::Platform), with what wgpu or the driver's compiler said.
-    pub(super) fn get(
-        &self,
-        context: &Context,
-        kernel: Kernel,
-        path: Path,
-        dtype: DType,
-        full: bool,
-    ) -> Result<Arc<Pipeline>> {
+    pub(super) fn get(&self, context: &Context, key: Key) -> Result<Arc<Pipeline>> {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = compiled.get(&(kernel, path, dtype, full)) {
+        if let Some(pipeline) = compiled.get(&key) {
             return Ok(pipeline.clone());
         }
-        let pipeline = Arc::new(compile(context, kernel, path, dtype, full)?);
-        compiled.insert((kernel, path, dtype, full), pipeline.clone());
+        let pipeline = Arc::new(compile(context, key)?);
+        compiled.insert(key, pipeline.clone());
         Ok(pipeline)
     }
 }
 
-fn compile(context: &Context, kernel: Kernel, path: Path, dtype: DType, full: bool) -> Result<Pipeline> {
+fn compile(context: &Context, (kernel, path, dtype, full): Key) -> Result<Pipeline> {
     let device = &context.device;
     let buffer = |binding: u32, ty, has_dynamic_offset, size| ::wgpu::BindGroupLayoutEntry {
         binding,
