@@ -67,8 +67,7 @@ run() {
     local small=(1,1,128,8192 1,1,16,8192 8,1,128,4096 32,1,64,8192)
     bench f16 40 f16 "${large[@]}" "${small[@]}"
     bench bf16 40 bf16 "${large[@]}" "${small[@]}"
-    POLYMLA_WGPU_PATH=matrix bench f16-matrix 20 f16 "${large[@]}"
-    POLYMLA_WGPU_PATH=matrix64 bench f16-matrix64 20 f16 "${large[@]}"
+    POLYMLA_WGPU_PATH=matrix32 bench f16-matrix32 20 f16 "${large[@]}"
     local n folder
     for folder in "$carry"/shaders-*; do
         [ -d "$folder" ] || continue
