@@ -162,7 +162,7 @@ PM_DEV void pm_grid_release() {}
 #if __CUDA_ARCH__ >= 800 && !defined(POLYMLA_FMA)
 #include "tile_mma.h"
 #define PM_TILE MmaTile
-#define PM_ROLES 1       // named barriers, and copies that arrive on one
+#define PM_ROLES 1       // barriers in shared memory, and copies that arrive on them
 #else
 #include "tile_fma.h"
 #define PM_TILE FmaTile
