@@ -74,7 +74,7 @@ PM_DEV void combine(const DecodeParams& p) {
     const u32 share = 1u << log_share;                  // G
     const u32 together = COMBINE_WARPS >> log_share;    // chunks of a CTA
     const u32 first_piece = warp >> (5 - log_share);
-    const int tile_step = p.h_kv * p.m_tiles;
+    const i64 tile_step = i64(p.h_kv) * p.m_tiles;      // tiles of a slot
     PM_MERGE(1);
     bool waited = false;
 
@@ -110,7 +110,7 @@ PM_DEV void combine(const DecodeParams& p) {
             end = min(end, base + int(share) * AT_ONCE);
 #pragma unroll 1
             for (int piece = base; piece < end; piece += share, to_high += 512, to_low += 256) {
-                const i64 slot = i64(pieces.slot(piece)) * (tile_step * PARTIAL_BYTES);
+                const i64 slot = pieces.slot(piece) * (tile_step * PARTIAL_BYTES);
                 cp_async16(to_high, high + slot);
                 if (lane < 16) cp_async16(to_low, low + slot);      // for two lanes
             }
@@ -123,7 +123,7 @@ PM_DEV void combine(const DecodeParams& p) {
 #pragma unroll 1
             for (int piece = round + int(threadIdx.x / 16); piece < end && copies; piece += COMBINE_THREADS / 16)
                 cp_async16(smem_addr(&smem.rows[piece - round][part * 4]),
-                           row_data + part * 4 + i64(pieces.slot(piece)) * (tile_step * PARTIAL_ROWS));
+                           row_data + part * 4 + pieces.slot(piece) * (tile_step * PARTIAL_ROWS));
             cp_async_commit();
         };
         if (!waited) pdl_wait();
