@@ -16,6 +16,10 @@ use super::combine;
 use super::geometry::Call;
 use super::tile::{Block, Kernels, MAX_ROWS, PANEL, Sizes, Tile};
 
+/// Binary exponent that weights are raised by. Where the values of the largest weight are 0 in a column, the result
+/// there is made of the others, whose weights may be below f32's normal numbers and still make a result that is not.
+const BIAS: f32 = 24.0;
+
 /// A split, as it lies in the workspace.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -182,8 +186,13 @@ impl Job<'_> {
             // SAFETY: the scratch is this worker's alone and was sized for tile_rows rows; the request and its rows
             // exist.
             unsafe {
-                let tile = plan.sizes.lay(scratch, rows);
+                let mut tile = plan.sizes.lay(scratch, rows);
+                tile.bias = BIAS;
                 self.decode(&tile, &mut blocks, &tiled);
+                if !self.is_finite(&tile) {
+                    tile.bias = 0.0;
+                    self.decode(&tile, &mut blocks, &tiled);
+                }
                 self.finish(&tile, &tiled);
             }
         }
@@ -202,6 +211,17 @@ impl Job<'_> {
         let j = (tiled.first_row + row) / self.call.problem.heads_per_kv();
         // SAFETY: the row exists.
         unsafe { self.call.visible_end(tiled.request, j) }
+    }
+
+    /// Whether the output of all rows that saw a key is. Values of V above 2^100 make it infinite by the bias alone.
+    unsafe fn is_finite(&self, tile: &Tile) -> bool {
+        // SAFETY: rows of the tile exist; those that saw a key have an output.
+        (0..tile.rows).filter(|row| unsafe { *tile.sum.add(*row) } != 0.0).all(|row| unsafe {
+            (self.kernels.read_row)(tile, row, 1.0);
+            let values = std::slice::from_raw_parts(tile.row, tile.head_dim_v);
+            // Without branches, so that it is done by vectors.
+            values.iter().fold(true, |all, x| all & x.is_finite())
+        })
     }
 
     /// Runs a tile over the tokens of its split.
@@ -307,12 +327,13 @@ impl Job<'_> {
             let head = tiled.kv_head * group + head;
             // SAFETY: rows of the tile exist; this worker alone has this item.
             unsafe {
-                let (max, sum) = (*tile.max.add(row), *tile.sum.add(row));
+                let (max, biased) = (*tile.max.add(row), *tile.sum.add(row));
+                let sum = biased * (-tile.bias).exp2();
                 let seen = max != f32::NEG_INFINITY || sum != 0.0;
                 let values = std::slice::from_raw_parts_mut(tile.row, d_v);
                 if tiled.item.partial < 0 {
                     if seen {
-                        (self.kernels.read_row)(tile, row, 1.0 / sum);
+                        (self.kernels.read_row)(tile, row, 1.0 / biased);
                     } else {
                         values.fill(0.0);
                     }
@@ -323,7 +344,7 @@ impl Job<'_> {
                     self.partials.state.add(2 * at + 1).write(sum);
                     // The merge does not read the output of a row that has seen nothing.
                     if seen {
-                        (self.kernels.read_row)(tile, row, 1.0);
+                        (self.kernels.read_row)(tile, row, (-tile.bias).exp2());
                         self.partials.out.add(at * d_v).copy_from_nonoverlapping(tile.row, d_v);
                     }
                 }

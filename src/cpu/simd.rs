@@ -45,20 +45,21 @@ const ROUND: f32 = 12_582_912.0;
 const EXP2: [f32; 6] =
     [std::f32::consts::LN_2, 0.240_226_53, 0.055_503_106, 0.009_617_693, 0.001_340_664_4, 0.000_155_946_77];
 
-/// 2^x for x <= 0. Below 2^-126.5 the result is 0, so -infinity gives 0; NaN stays NaN.
+/// 2^(x + bias) for x <= 0 and a whole number `bias` from 0 to 100. Results below 2^-126.5 are 0, so -infinity gives 0;
+/// NaN stays NaN. The bias enters the exponent, so the precision does not depend on it.
 #[inline(always)]
-pub(super) unsafe fn exp2<S: Simd>(x: S::V) -> S::V {
+pub(super) unsafe fn exp2<S: Simd>(x: S::V, bias: S::V) -> S::V {
     // SAFETY: the caller's contract is this trait's.
     unsafe {
-        // At -127 the exponent field below becomes 0: the product is +0 whatever the polynomial says.
-        let x = S::max(S::splat(-127.0), x);
+        // There the exponent field below becomes 0: the product is +0 whatever the polynomial says.
+        let x = S::max(S::sub(S::splat(-127.0), bias), x);
         let rounded = S::add(x, S::splat(ROUND));
         let f = S::sub(x, S::sub(rounded, S::splat(ROUND)));
         let mut poly = S::splat(EXP2[5]);
         for c in EXP2[..5].iter().rev() {
             poly = S::fma(poly, f, S::splat(*c));
         }
-        S::mul(S::fma(poly, f, S::splat(1.0)), S::shift_to_exponent(rounded))
+        S::mul(S::fma(poly, f, S::splat(1.0)), S::shift_to_exponent(S::add(rounded, bias)))
     }
 }
 
@@ -142,9 +143,12 @@ mod tests {
         for i in 0..2_000_000 {
             let x = -126.0 * (i as f32) / 2_000_000.0;
             // SAFETY: the portable form needs no features.
-            let got = unsafe { exp2::<Portable>([x; N]) }[0];
+            let got = unsafe { exp2::<Portable>([x; N], [0.0; N]) }[0];
             let want = f64::from(x).exp2();
             worst = worst.max((f64::from(got) - want).abs() / want);
+            // SAFETY: as above.
+            let biased = unsafe { exp2::<Portable>([x; N], [24.0; N]) }[0];
+            assert_eq!(biased, got * 24f32.exp2());
         }
         assert!(worst < 2.0f64.powi(-22), "relative error {worst:e}");
     }
@@ -153,9 +157,14 @@ mod tests {
     fn exp2_ends() {
         for (x, want) in [(0.0, 1.0), (-1.0, 0.5), (-128.0, 0.0), (-3e38, 0.0), (f32::NEG_INFINITY, 0.0)] {
             // SAFETY: the portable form needs no features.
-            assert_eq!(unsafe { exp2::<Portable>([x; N]) }[0], want);
+            assert_eq!(unsafe { exp2::<Portable>([x; N], [0.0; N]) }[0], want);
+        }
+        for (x, want) in [(0.0, 24.0f32.exp2()), (-140.0, (-116.0f32).exp2()), (-152.0, 0.0), (f32::NEG_INFINITY, 0.0)]
+        {
+            // SAFETY: as above.
+            assert_eq!(unsafe { exp2::<Portable>([x; N], [24.0; N]) }[0], want);
         }
         // SAFETY: as above.
-        assert!(unsafe { exp2::<Portable>([f32::NAN; N]) }[0].is_nan());
+        assert!(unsafe { exp2::<Portable>([f32::NAN; N], [24.0; N]) }[0].is_nan());
     }
 }

@@ -79,6 +79,8 @@ pub(super) struct Tile {
     pub head_dim_v: usize,
     /// head_dim_v rounded up to 32.
     pub v_columns: usize,
+    /// Weights, their sum and O are multiplied by 2^bias.
+    pub bias: f32,
     /// Elements between staged tokens: more than head_dim_k by at least 16, and an odd number of cache lines, so that
     /// the same column of all tokens spreads over the sets of the L1.
     pub k_stride: usize,
@@ -184,6 +186,7 @@ impl Sizes {
             head_dim_k: self.head_dim_k,
             head_dim_v: self.head_dim_v,
             v_columns: self.v_columns,
+            bias: 0.0,
             k_stride: self.k_stride,
         }
     }
@@ -208,7 +211,7 @@ pub(super) struct Kernels {
     /// odd number of tokens, fewer than the block's.
     pub truncate: unsafe fn(&Tile, tokens: usize),
     pub scores: unsafe fn(&Tile, &Block),
-    /// `scale` is softmax_scale * log2(e). With `masked`, row r sees `limit[r]` tokens.
+    /// `scale` is softmax_scale * log2(e); weights are 2^((score - maximum) * scale + bias). With `masked`, row r sees `limit[r]` tokens.
     pub softmax: unsafe fn(&Tile, tokens: usize, scale: f32, masked: bool),
     /// Rows `rows.0..rows.1`, the first `tokens` tokens of `block`. With `first`, O and alpha count as 0. May prefetch
     /// the tokens of `next`, the block that comes after this one; it has 0 tokens after the last.

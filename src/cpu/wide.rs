@@ -208,15 +208,16 @@ unsafe fn softmax_rows<S: Simd, W: Weights<S>, const MASKED: bool>(
         // weight 2^error instead of 1, and the error of a product of 1e13 is half a million. Only -infinity must not
         // meet a scale of 0.
         let change = S::mul(S::sub(old_max, max), scale);
-        let alpha = exp2::<S>(S::select_lt(old_max, S::splat(f32::MIN), lowest, change));
+        let alpha = exp2::<S>(S::select_lt(old_max, S::splat(f32::MIN), lowest, change), zero);
         S::store(tile.alpha.add(row), alpha);
 
+        let bias = S::splat(tile.bias);
         let (mut even, mut odd) = (zero, zero);
         for pair in 0..pairs {
             let t = 2 * pair;
             let (a, b) = (S::load(panel.add(t * PANEL)), S::load(panel.add((t + 1) * PANEL)));
-            let a = seen::<S, MASKED>(t, limit, exp2::<S>(S::mul(S::sub(a, max), scale)), zero);
-            let b = seen::<S, MASKED>(t + 1, limit, exp2::<S>(S::mul(S::sub(b, max), scale)), zero);
+            let a = seen::<S, MASKED>(t, limit, exp2::<S>(S::mul(S::sub(a, max), scale), bias), zero);
+            let b = seen::<S, MASKED>(t + 1, limit, exp2::<S>(S::mul(S::sub(b, max), scale), bias), zero);
             even = S::add(even, a);
             odd = S::add(odd, b);
             W::put(panel, pair, a, b);

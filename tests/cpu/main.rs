@@ -8,6 +8,7 @@ use polymla::{DType, Mask, MlaError, Problem, SplitPolicy, TensorView, reference
 
 mod data;
 mod large_scores;
+mod range;
 
 use data::{Case, Data, Number};
 
