@@ -2,7 +2,7 @@
 //!
 //! Names as public users of MACA 2 and 3 call them (`mcMalloc`, `mcMemcpyHtoD`, `mcMemsetD32Async`, `mcModuleLaunchKernel`,
 //! `mcStreamCreateWithFlags`, `mcEventCreateWithFlags`, `mcDeviceGetAttribute`, `mcrtcGetBitcode`; mcErrors are ints whose words
-//! are returned). Unconfirmed, for no public header showed them: the numbers of attributes, counted along a public list of their
+//! are returned), among these users the MetaX adaptors of FlagCX and of InfiniCore's runtime. Unconfirmed, for no public header showed them: the numbers of attributes, counted along a public list of their
 //! names (warp size 9, shared memory a block 7, multiprocessors 16, capability 21 and 22); the flags of `mcMallocHost`;
 //! `mcMemsetD8Async` and `mcRuntimeGetVersion`; the architecture's name and mcrtc's option for it.
 
