@@ -1,9 +1,10 @@
 // The MACA dialect (MetaX): mxcc and mcrtc, which follow CUDA C++; waves of 64. Plain FMA, or with POLYMLA_MXC_MMA the matrix
 // unit, __builtin_mxc_mma_16x16x16{f16,bf16}: off until someone with the compiler has run the golden files with it.
 //
-// Public MACA programs fill that builtin's operands by hand (it is in vLLM-metax and mcTlass of MetaX-MACA): lane l has row (or column) l % 16 of A and B and the four k from
-// 4 (l / 16) on, and of C column l % 16 and the four rows from 4 (l / 16) on. That is MFMA's layout, so the tile is MFMA's, which
-// the fiber harness runs. Unconfirmed: that two 32-bit words are taken for four halves; the spelling of the shuffle.
+// Public MACA programs (vLLM-metax and mcTlass of MetaX-MACA have the builtin) fill its operands by hand: lane l has row (or
+// column) l % 16 of A and B and the four k from 4 (l / 16) on, and of C column l % 16 and the four rows from 4 (l / 16) on.
+// That is MFMA's layout, so the tile is MFMA's, which the fiber harness runs. Unconfirmed: that two 32-bit words are taken
+// for four halves; the spelling of the shuffle.
 #pragma once
 
 #define PM_WARP 64

@@ -1,9 +1,10 @@
 //! MACA: MetaX. Driver and run-time compiler are one library, whose functions follow HIP's.
 //!
-//! Names as public users of MACA 2 and 3 call them (`mcMalloc`, `mcMemcpyHtoD`, `mcMemsetD32Async`, `mcModuleLaunchKernel`,
-//! `mcStreamCreateWithFlags`, `mcEventCreateWithFlags`, `mcDeviceGetAttribute`, `mcrtcGetBitcode`; mcErrors are ints whose words
-//! are returned), among these users the MetaX adaptors of FlagCX and of InfiniCore's runtime. Unconfirmed, for no public header showed them: the numbers of attributes, counted along a public list of their
-//! names (warp size 9, shared memory a block 7, multiprocessors 16, capability 21 and 22); the flags of `mcMallocHost`;
+//! Names as public users of MACA 2 and 3 call them, among them the MetaX adaptors of FlagCX and of InfiniCore's runtime
+//! (`mcMalloc`, `mcMemcpyHtoD`, `mcMemsetD32Async`, `mcModuleLaunchKernel`, `mcStreamCreateWithFlags`,
+//! `mcEventCreateWithFlags`, `mcDeviceGetAttribute`, `mcrtcGetBitcode`; mcErrors are ints whose words are returned).
+//! Unconfirmed, for no public header showed them: the numbers of attributes, counted along a public list of their names
+//! (warp size 9, shared memory a block 7, multiprocessors 16, capability 21 and 22); the flags of `mcMallocHost`;
 //! `mcMemsetD8Async` and `mcRuntimeGetVersion`; the architecture's name and mcrtc's option for it.
 
 use std::sync::OnceLock;
