@@ -23,12 +23,9 @@ namespace polymla {
 struct RowIndex {
     int s, h;
     bool valid;
-    static PM_DEV int query(const DecodeParams& p, int row) {
-        return p.heads_magic ? int(__umulhi(u32(row), p.heads_magic)) : row;
-    }
     PM_DEV RowIndex(const DecodeParams& p, int row) {
         valid = row < p.s_q * p.heads_per_kv;
-        s = query(p, row);
+        s = query_of(p, row);
         h = int(opaque(blockIdx.y)) * p.heads_per_kv + row - s * p.heads_per_kv;
     }
 };

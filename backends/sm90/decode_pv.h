@@ -24,6 +24,18 @@ struct PvWarpgroup {
         named_barrier(BAR_TAIL + half, 128);
     }
 
+    // Rows g and g + 8 of this lane.
+    static PM_DEV void scale_rows(float (&o)[2][64], float f0, float f1) {
+#pragma unroll
+        for (int i = 0; i < 64; i += 2) {
+            const float f = i & 2 ? f1 : f0;
+            o[0][i] *= f;
+            o[0][i + 1] *= f;
+            o[1][i] *= f;
+            o[1][i + 1] *= f;
+        }
+    }
+
     // O as it is; tile.h says how.
     static PM_DEV void store_partial(const DecodeParams& p, const float (&o)[2][64], i64 tile, u32 half) {
         const u32 warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
@@ -81,16 +93,7 @@ struct PvWarpgroup {
         const u32 warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
         const int first = int(blockIdx.x * TILE_M + warp * 16);
         if (first >= p.s_q * p.heads_per_kv) return;
-        if (slot < 0) {
-#pragma unroll
-            for (int i = 0; i < 64; i += 2) {
-                const float f = i & 2 ? inv1 : inv0;
-                o[0][i] *= f;
-                o[0][i + 1] *= f;
-                o[1][i] *= f;
-                o[1][i + 1] *= f;
-            }
-        }
+        if (slot < 0) scale_rows(o, inv0, inv1);
         fence_regs(o[0]);
         fence_regs(o[1]);
         if (slot >= 0)
@@ -137,15 +140,7 @@ struct PvWarpgroup {
                     int e0, e1;
                     asm volatile("ld.shared.s8 %0, [%1];" : "=r"(e0) : "r"(at) : "memory");
                     asm volatile("ld.shared.s8 %0, [%1];" : "=r"(e1) : "r"(at + 8) : "memory");
-                    const float f0 = exp2_fast(float(e0)), f1 = exp2_fast(float(e1));
-#pragma unroll
-                    for (int i = 0; i < 64; i += 2) {
-                        const float f = i & 2 ? f1 : f0;
-                        o[0][i] *= f;
-                        o[0][i + 1] *= f;
-                        o[1][i] *= f;
-                        o[1][i + 1] *= f;
-                    }
+                    scale_rows(o, exp2_fast(float(e0)), exp2_fast(float(e1)));
                 }
                 // Two pairs of 64-column groups; the last group lies apart.
                 const u32 stage_addr = uniform(smem + Smem::kv + stage * STAGE_BYTES);

@@ -7,7 +7,7 @@ namespace polymla {
 
 // Keys that packed row `row` of the request sees.
 PM_DEV int row_limit(const DecodeParams& p, int req, int len, int row) {
-    const int j = min(RowIndex::query(p, row), p.s_q - 1);
+    const int j = min(query_of(p, row), p.s_q - 1);
     int limit = len;
     if (p.visible_lens)
         limit = min(limit, p.visible_lens[i64(req) * p.visible_lens_stride_b + j]);

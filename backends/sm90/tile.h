@@ -72,6 +72,9 @@ PM_DEV Desc desc_q_last(u32 addr) { return Desc{(128 >> 4) << 16 | (addr & 0x3FF
 // the first, 8-token groups 1024 bytes; a step of 16 tokens is 2048 bytes further.
 PM_DEV Desc desc_n_major(u32 addr, u32 apart) { return Desc{(apart >> 4) << 16 | (addr & 0x3FFFF) >> 4, 1u << 30 | 1024 >> 4}; }
 
+// The query position that packed row `row` belongs to; the rest of the division is its head.
+PM_DEV int query_of(const DecodeParams& p, int row) { return p.heads_magic ? int(__umulhi(u32(row), p.heads_magic)) : row; }
+
 // ---- 16-bit conversions --------------------------------------------------------------
 template <class Elem>
 PM_DEV u32 pack2(float lo, float hi);
