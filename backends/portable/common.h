@@ -17,10 +17,6 @@ namespace polymla {
 
 constexpr int BLOCK_TOKENS = 64;    // the schedule's unit
 
-union FloatBits {
-    float f;
-    u32 u;
-};
 PM_DEV float pm_from_bits(u32 u) {
     FloatBits v;
     v.u = u;

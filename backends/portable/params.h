@@ -12,6 +12,12 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef unsigned short u16;
 
+// A float and its bits.
+union FloatBits {
+    float f;
+    u32 u;
+};
+
 // One row of tile_scheduler_metadata in upstream's layout (src/schedule.rs): requests begin_req..=end_req, from block
 // begin_block of the first to block end_block (exclusive) of the last. A part without work has begin_req > end_req.
 struct alignas(32) PartMeta {

@@ -8,14 +8,9 @@
 
 namespace polymla {
 
-union PlainBits {
-    float f;
-    u32 u;
-};
-
 // To nearest, ties to even; NaN stays NaN.
 PM_DEV u32 pm_round_bf16(float x) {
-    PlainBits v;
+    FloatBits v;
     v.f = x;
     return x != x ? (v.u >> 16) | 0x40u : (v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16;
 }

@@ -24,7 +24,7 @@ PM_DEV float pm_log2(float x) { return log2f(x); }
 // ---- conversions, from the formats' definitions: half types differ from vendor to vendor ----------
 PM_DEV float pm_f16_to_float(u16 x) {
     const u32 exponent = (x >> 10) & 31u, mantissa = x & 1023u;
-    PlainBits v;
+    FloatBits v;
     if (exponent == 0)
         v.f = float(int(mantissa)) * 5.9604644775390625e-8f;        // 2^-24
     else
@@ -34,7 +34,7 @@ PM_DEV float pm_f16_to_float(u16 x) {
 }
 // To nearest, ties to even; too large is infinity, NaN stays NaN.
 PM_DEV u16 pm_float_to_f16(float x) {
-    PlainBits v;
+    FloatBits v;
     v.f = x;
     const u32 sign = (v.u >> 16) & 0x8000u;
     v.u &= 0x7fffffffu;
