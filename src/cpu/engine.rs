@@ -259,7 +259,6 @@ impl Job<'_> {
             for start in (begin..end).step_by(BLOCK_TOKENS) {
                 find(next, start + BLOCK_TOKENS);
                 let tokens = block.tokens;
-                (kernels.stage)(tile, block);
                 (kernels.scores)(tile, block);
                 let cut = start + tokens > all_see;
                 let masked = cut || tokens % 2 == 1;
@@ -297,9 +296,6 @@ impl Job<'_> {
             let limit = |row: usize| *tile.limit.add(row) as usize;
             let mut next = Some(tokens);
             while let Some(tokens) = next {
-                if tokens % 2 == 1 {
-                    (self.kernels.truncate)(tile, tokens);
-                }
                 let mut row = 0;
                 next = None;
                 while row < tile.rows {

@@ -134,6 +134,7 @@ impl<'a> Call<'a> {
         let page_size = self.problem.page_size();
         block.tokens = tokens;
         block.columns = self.kv.map(|part| part.columns);
+        block.lines = block.columns.map(|columns| (columns * self.problem.dtype().size()).div_ceil(64));
         let (mut position, mut slot) = (begin / page_size, begin % page_size);
         let mut t = 0;
         while t < tokens {

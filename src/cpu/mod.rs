@@ -41,7 +41,7 @@ pub struct CpuBackend {
 }
 
 impl CpuBackend {
-    /// Runs on rayon's global pool, with the fastest instruction set this CPU has or the one that the environment
+    /// Runs on rayon's global pool, with the instruction set that suits this CPU best ([`Isa::preferred`]) or the one that the environment
     /// variable `POLYMLA_CPU_ISA` names: `portable`, `neon`, `avx2`, `avx512f`, `avx512bf16`.
     ///
     /// # Errors

@@ -16,29 +16,20 @@ use std::mem::transmute;
 
 use crate::problem::BLOCK_TOKENS;
 
-use super::tile::{Block, COLUMNS, Kernels, PANEL, QueryForm, Tile};
+use super::tile::{Ahead, Block, COLUMNS, Kernels, PANEL, QueryForm, Tile};
 use super::wide::{self, Weights};
 use super::x86::Avx512;
 
 /// Columns that are interleaved at once.
 const LANE_GROUP: usize = 32;
 
-pub(super) static BF16: Kernels =
-    Kernels { query_form: QueryForm::Pairs, stage, truncate, scores, softmax, accumulate, read_row };
+pub(super) static BF16: Kernels = Kernels { query_form: QueryForm::Pairs, scores, softmax, accumulate, read_row };
 
 /// A bf16 pair at `p` in all lanes.
 #[inline(always)]
 unsafe fn broadcast(p: *const u8) -> __m512bh {
     // SAFETY: the caller's pointer holds 4 bytes, and this CPU has AVX-512F.
     unsafe { transmute(_mm512_set1_epi32(p.cast::<i32>().read_unaligned())) }
-}
-
-unsafe fn stage(_: &Tile, _: &Block) {
-    // K is read in the page, and V interleaved panel by panel in `accumulate`.
-}
-
-unsafe fn truncate(_: &Tile, _: usize) {
-    // `accumulate` pairs an odd last token with zeros.
 }
 
 /// Interleaves `width` columns of V, from `column`, of the block's first `tokens` tokens: [pairs][width] pairs in
@@ -168,41 +159,7 @@ unsafe fn softmax(tile: &Tile, tokens: usize, scale: f32, masked: bool) {
     unsafe { wide::softmax::<Avx512, PairWeights>(tile, tokens, scale, masked) }
 }
 
-/// The lines of the block that comes next, asked for one by one while products run: all at once they would keep the
-/// loads of those products waiting.
-struct Ahead<'a> {
-    next: &'a Block,
-    part: usize,
-    token: usize,
-    byte: usize,
-}
-
-impl Ahead<'_> {
-    /// Lines that are left to ask for.
-    fn lines(next: &Block) -> usize {
-        next.columns.iter().map(|columns| next.tokens * (2 * columns).div_ceil(64)).sum()
-    }
-
-    /// Asks for one line, into the L2.
-    #[inline(always)]
-    unsafe fn step(&mut self) {
-        if self.part < 2 && self.token < self.next.tokens {
-            // SAFETY: a prefetch reads nothing; the address is inside the token all the same.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.tokens_at[self.part][self.token].add(self.byte).cast()) };
-            self.byte += 64;
-            if self.byte >= 2 * self.next.columns[self.part] {
-                self.byte = 0;
-                self.token += 1;
-                if self.token == self.next.tokens {
-                    self.token = 0;
-                    self.part += 1 + usize::from(self.next.columns[1] == 0);
-                }
-            }
-        }
-    }
-}
-
-/// Rows `row..row + MR` times a column panel of interleaved V; asks for `lines` lines of the next block meanwhile.
+/// Rows `row..row + MR` times a column panel of interleaved V.
 #[inline(always)]
 unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
     tile: &Tile,
@@ -210,7 +167,7 @@ unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
     (column, width): (usize, usize),
     pairs: usize,
     first: bool,
-    (ahead, lines): (&mut Ahead, usize),
+    (ahead, lines): (&mut Ahead<'_>, usize),
 ) {
     // SAFETY: rows row..row + MR and NV vectors are inside the column panel.
     unsafe {
@@ -228,9 +185,7 @@ unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
             }
         }
         for pair in 0..pairs {
-            if pair < lines {
-                ahead.step();
-            }
+            ahead.by_ref().take(lines).for_each(|line| _mm_prefetch::<_MM_HINT_T1>(line.cast()));
             let mut vv = transmute_copy([_mm512_setzero_ps(); NV]);
             for j in 0..NV {
                 vv[j] = transmute::<__m512, __m512bh>(_mm512_loadu_ps(v.add(pair * width + 16 * j)));
@@ -241,9 +196,6 @@ unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
                     acc[r][j] = _mm512_dpbf16_ps(acc[r][j], weights, vv[j]);
                 }
             }
-        }
-        for _ in pairs..lines {
-            ahead.step();
         }
         for r in 0..MR {
             for j in 0..NV {
@@ -256,9 +208,9 @@ unsafe fn accumulate_tile<const MR: usize, const NV: usize>(
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn accumulate(tile: &Tile, rows: (usize, usize), tokens: usize, first: bool, block: &Block, next: &Block) {
     let pairs = tokens.div_ceil(2);
-    let steps = tile.v_columns.div_ceil(COLUMNS) * (rows.1 - rows.0).div_ceil(4);
-    let lines = Ahead::lines(next).div_ceil(steps.max(1));
-    let mut ahead = Ahead { next, part: 0, token: 0, byte: 0 };
+    let mut ahead = Ahead::new(next);
+    let steps = tile.v_columns.div_ceil(COLUMNS) * (rows.1 - rows.0).div_ceil(4) * pairs;
+    let lines = ahead.all().div_ceil(steps.max(1));
     // SAFETY: only whole register tiles inside the tile.
     unsafe {
         for (column, width) in tile.column_panels() {

@@ -35,6 +35,9 @@ pub(super) trait Simd: Copy {
     unsafe fn select_lt(a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
     /// Bits of `v` shifted left by 23, plus the bits of 1.0, both as integers.
     unsafe fn shift_to_exponent(v: Self::V) -> Self::V;
+    /// Asks for the cache line at `p`, into the L2; any address will do.
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
 }
 
 /// Adding it to a small f32 rounds that to an integer, which then stands in the low bits.

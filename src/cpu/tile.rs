@@ -4,10 +4,9 @@
 //!
 //! | step | kernel | what it does |
 //! |---|---|---|
-//! | 1 | `stage` | brings the block into the form that the products read, where they do not read the page |
-//! | 2 | `scores` | S^T = K Q^T, tokens x rows, raw (not scaled) |
-//! | 3 | `softmax` | running maximum and sum of each row; S becomes the weights P |
-//! | 4 | `accumulate` | O = O * alpha + P V |
+//! | 1 | `scores` | S^T = K Q^T, tokens x rows, raw (not scaled) |
+//! | 2 | `softmax` | running maximum and sum of each row; S becomes the weights P |
+//! | 3 | `accumulate` | O = O * alpha + P V |
 //! | end | `read_row` | one row of O as f32, times a factor |
 //!
 //! Scores are kept transposed: a vector holds one token for 16 rows. So K is broadcast from where it lies, in the page
@@ -38,13 +37,59 @@ pub(super) struct Block {
     pub tokens_at: [[*const u8; BLOCK_TOKENS]; 2],
     /// Columns of each part; the second is 0 for a fused cache.
     pub columns: [usize; 2],
+    /// Cache lines that each part of a token is long.
+    pub lines: [usize; 2],
     /// Tokens of the block, 1..=64; 0 where there is none.
     pub tokens: usize,
 }
 
 impl Block {
     /// No block.
-    pub const NONE: Block = Block { tokens_at: [[std::ptr::null(); BLOCK_TOKENS]; 2], columns: [0; 2], tokens: 0 };
+    pub const NONE: Block =
+        Block { tokens_at: [[std::ptr::null(); BLOCK_TOKENS]; 2], columns: [0; 2], lines: [0; 2], tokens: 0 };
+}
+
+/// The cache lines of the block that comes next, token by token. `accumulate` asks for some of them every few tokens:
+/// all at once they would keep the loads of its products waiting.
+pub(super) struct Ahead<'a> {
+    next: &'a Block,
+    part: usize,
+    token: usize,
+    line: usize,
+}
+
+impl<'a> Ahead<'a> {
+    pub fn new(next: &'a Block) -> Self {
+        Ahead { next, part: 0, token: 0, line: 0 }
+    }
+
+    /// How many lines there are before the first is taken.
+    pub fn all(&self) -> usize {
+        self.next.tokens * (self.next.lines[0] + self.next.lines[1])
+    }
+}
+
+impl Iterator for Ahead<'_> {
+    type Item = *const u8;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<*const u8> {
+        if self.token >= self.next.tokens {
+            let second = self.part == 0 && self.next.tokens > 0 && self.next.lines[1] > 0;
+            (self.part, self.token) = if second { (1, 0) } else { return None };
+        }
+        let line = self.next.tokens_at[self.part][self.token].wrapping_add(64 * self.line);
+        self.line += 1;
+        if self.line == self.next.lines[self.part] {
+            (self.token, self.line) = (self.token + 1, 0);
+        }
+        Some(line)
+    }
+}
+
+/// The column panels of `columns` columns: first column and width.
+pub(super) fn panels(columns: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..columns).step_by(COLUMNS).map(move |c| (c, COLUMNS.min(columns - c)))
 }
 
 /// The scratch memory of a worker, and the shape of its tile. All pointers are aligned to 64 bytes.
@@ -54,7 +99,7 @@ pub(super) struct Tile {
     pub q: *mut f32,
     /// Scores, then weights: [panels][64][16] f32, or [panels][32][16] bf16 pairs.
     pub s: *mut f32,
-    /// The staged block: K [64][k_stride] f32, or one column panel of V as bf16 pairs [32][width].
+    /// The staged column panel: [64 tokens][64] f32 of K or V, or [32][width] bf16 pairs of V.
     pub kv: *mut f32,
     /// Output: [column panels][panels * 16][width] f32; a column panel is 64 wide, the last one may be narrower.
     pub o: *mut f32,
@@ -81,16 +126,12 @@ pub(super) struct Tile {
     pub v_columns: usize,
     /// Weights, their sum and O are multiplied by 2^bias.
     pub bias: f32,
-    /// Elements between staged tokens: more than head_dim_k by at least 16, and an odd number of cache lines, so that
-    /// the same column of all tokens spreads over the sets of the L1.
-    pub k_stride: usize,
 }
 
 impl Tile {
-    /// The column panels: first column and width.
+    /// The column panels of the output: first column and width.
     pub fn column_panels(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let columns = self.v_columns;
-        (0..columns).step_by(COLUMNS).map(move |c| (c, COLUMNS.min(columns - c)))
+        panels(self.v_columns)
     }
 
     /// Where the tile's own rows begin in column panel `column`.
@@ -119,18 +160,15 @@ pub(super) struct Sizes {
     head_dim_k: usize,
     head_dim_v: usize,
     v_columns: usize,
-    k_stride: usize,
 }
 
 impl Sizes {
     pub fn new(rows: usize, head_dim_k: usize, head_dim_v: usize) -> Self {
-        let lines = head_dim_k.div_ceil(16).saturating_add(1);
         Sizes {
             panels: rows.div_ceil(PANEL),
             head_dim_k,
             head_dim_v,
             v_columns: head_dim_v.div_ceil(32).saturating_mul(32),
-            k_stride: (lines | 1).saturating_mul(16),
         }
     }
 
@@ -139,7 +177,7 @@ impl Sizes {
         [
             rows.saturating_mul(self.head_dim_k),
             rows * BLOCK_TOKENS,
-            self.k_stride.saturating_mul(BLOCK_TOKENS),
+            COLUMNS * BLOCK_TOKENS,
             rows.saturating_mul(self.v_columns),
             rows,
             rows,
@@ -187,7 +225,6 @@ impl Sizes {
             head_dim_v: self.head_dim_v,
             v_columns: self.v_columns,
             bias: 0.0,
-            k_stride: self.k_stride,
         }
     }
 }
@@ -206,10 +243,6 @@ pub(super) enum QueryForm {
 /// [`Block`] describe them, and the steps before it.
 pub(super) struct Kernels {
     pub query_form: QueryForm,
-    pub stage: unsafe fn(&Tile, &Block),
-    /// Takes token `tokens` and later ones of the last pair out of the staged V: called before an `accumulate` of an
-    /// odd number of tokens, fewer than the block's.
-    pub truncate: unsafe fn(&Tile, tokens: usize),
     pub scores: unsafe fn(&Tile, &Block),
     /// `scale` is softmax_scale * log2(e); weights are 2^((score - maximum) * scale + bias). With `masked`, row r sees `limit[r]` tokens.
     pub softmax: unsafe fn(&Tile, tokens: usize, scale: f32, masked: bool),

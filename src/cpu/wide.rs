@@ -7,10 +7,15 @@
 
 #![allow(clippy::needless_range_loop, reason = "register tiles are arrays indexed by row and column")]
 
+use std::ops::Range;
+
 use crate::problem::BLOCK_TOKENS;
 
 use super::simd::{Portable, Simd, exp2};
-use super::tile::{Block, COLUMNS, Kernels, PANEL, QueryForm, TOKEN_GROUP, Tile};
+use super::tile::{Ahead, Block, COLUMNS, Kernels, PANEL, QueryForm, TOKEN_GROUP, Tile, panels};
+
+/// Tokens that `accumulate` multiplies without a break.
+const STEP: usize = 8;
 
 /// Element types that `stage` widens.
 trait Widen {
@@ -45,54 +50,80 @@ impl Widen for FromF32 {
     }
 }
 
-/// Widens the block's tokens, and the zeros that pad them.
+/// Widens a column panel of `tokens`, which may be zeros that pad the block.
 #[inline(always)]
-unsafe fn stage<S: Simd, E: Widen>(tile: &Tile, block: &Block) {
-    // SAFETY: `columns` elements can be read at every token; a staged token has room for 16 elements more than
-    // head_dim_k, so the last vector of a part may write past it. Parts are staged in order, so that the next one, or
-    // the next token, overwrites what was written too far.
-    unsafe {
-        for t in 0..block.tokens.next_multiple_of(TOKEN_GROUP) {
-            let mut to = tile.kv.add(t * tile.k_stride);
-            for (tokens_at, columns) in block.tokens_at.iter().zip(block.columns) {
-                let from = tokens_at[t];
-                let whole = columns / S::LANES * S::LANES;
-                for c in (0..whole).step_by(S::LANES) {
-                    S::store(to.add(c), E::load::<S>(from.add(c * E::BYTES)));
+unsafe fn stage<S: Simd, E: Widen>(tile: &Tile, block: &Block, (column, width): (usize, usize), tokens: Range<usize>) {
+    let mut begin = 0;
+    for (tokens_at, columns) in block.tokens_at.iter().zip(block.columns) {
+        // The columns that the panel and this part of a token share.
+        let (from, to) = (column.max(begin), (column + width).min(begin + columns));
+        if from < to {
+            let n = to - from;
+            for t in tokens.clone() {
+                // SAFETY: `columns` elements can be read at every token; the panel holds `width` of every token.
+                unsafe {
+                    let source = tokens_at[t].add((from - begin) * E::BYTES);
+                    let target = tile.kv.add(t * COLUMNS + from - column);
+                    // The usual width is known to the compiler, so that it unrolls.
+                    if n == COLUMNS { widen::<S, E>(target, source, COLUMNS) } else { widen::<S, E>(target, source, n) }
                 }
-                if whole < columns {
-                    let mut rest = [0u32; 16];
-                    let bytes = (columns - whole) * E::BYTES;
-                    std::ptr::copy_nonoverlapping(from.add(whole * E::BYTES), rest.as_mut_ptr().cast(), bytes);
-                    S::store(to.add(whole), E::load::<S>(rest.as_ptr().cast()));
-                }
-                to = to.add(columns);
             }
+        }
+        begin += columns;
+    }
+}
+
+/// Widens `n` elements.
+#[inline(always)]
+unsafe fn widen<S: Simd, E: Widen>(to: *mut f32, from: *const u8, n: usize) {
+    let whole = n / S::LANES * S::LANES;
+    // SAFETY: the caller's pointers hold n elements; what is left of a vector goes through buffers of a vector's size.
+    unsafe {
+        for c in (0..whole).step_by(S::LANES) {
+            S::store(to.add(c), E::load::<S>(from.add(c * E::BYTES)));
+        }
+        if whole < n {
+            let (mut rest, mut wide) = ([0u32; 16], [0.0f32; 16]);
+            std::ptr::copy_nonoverlapping(from.add(whole * E::BYTES), rest.as_mut_ptr().cast(), (n - whole) * E::BYTES);
+            S::store(wide.as_mut_ptr(), E::load::<S>(rest.as_ptr().cast()));
+            std::ptr::copy_nonoverlapping(wide.as_ptr(), to.add(whole), n - whole);
         }
     }
 }
 
+/// Adds the products of one column panel to a register tile of scores; the first panel's replace what is there.
 #[inline(always)]
-unsafe fn scores_tile<S: Simd, const NV: usize, const MT: usize>(tile: &Tile, panel: usize, token: usize) {
+unsafe fn scores_tile<S: Simd, const NV: usize, const MT: usize>(
+    tile: &Tile,
+    (column, width): (usize, usize),
+    panel: usize,
+    token: usize,
+) {
     // SAFETY: panels panel..panel + NV * LANES / 16 and tokens token..token + MT are inside the tile.
     unsafe {
-        let columns = tile.head_dim_k;
         let mut q = [tile.q.cast_const(); NV];
         let mut s = [tile.s; NV];
         for v in 0..NV {
             let (p, lane) = (panel + v * S::LANES / PANEL, v * S::LANES % PANEL);
-            q[v] = tile.q.add(p * columns * PANEL + lane);
+            q[v] = tile.q.add((p * tile.head_dim_k + column) * PANEL + lane);
             s[v] = tile.s.add((p * BLOCK_TOKENS + token) * PANEL + lane);
         }
-        let k = tile.kv.add(token * tile.k_stride);
+        let k = tile.kv.add(token * COLUMNS);
         let mut acc = [[S::splat(0.0); NV]; MT];
-        for c in 0..columns {
+        if column > 0 {
+            for t in 0..MT {
+                for v in 0..NV {
+                    acc[t][v] = S::load(s[v].add(t * PANEL));
+                }
+            }
+        }
+        for c in 0..width {
             let mut qv = [S::splat(0.0); NV];
             for v in 0..NV {
                 qv[v] = S::load(q[v].add(c * PANEL));
             }
             for t in 0..MT {
-                let kv = S::splat(*k.add(t * tile.k_stride + c));
+                let kv = S::splat(*k.add(t * COLUMNS + c));
                 for v in 0..NV {
                     acc[t][v] = S::fma(kv, qv[v], acc[t][v]);
                 }
@@ -106,31 +137,61 @@ unsafe fn scores_tile<S: Simd, const NV: usize, const MT: usize>(tile: &Tile, pa
     }
 }
 
-/// All scores of a block. `NV` x `MT` is the register tile; what panels it leaves over go through thinner ones.
+/// All scores of a block, column panel by column panel. `NV` x `MT` is the register tile; what row panels it leaves
+/// over go through thinner ones.
 #[inline(always)]
-unsafe fn scores<S: Simd, const NV: usize, const MT: usize>(tile: &Tile, block: &Block) {
+unsafe fn scores<S: Simd, E: Widen, const NV: usize, const MT: usize>(tile: &Tile, block: &Block) {
     let wide = NV * S::LANES / PANEL;
-    let mut panel = 0;
     // SAFETY: only whole register tiles inside the tile; tokens are padded to a multiple of 16.
     unsafe {
-        while panel + wide <= tile.panels {
-            for token in (0..block.tokens).step_by(MT) {
-                scores_tile::<S, NV, MT>(tile, panel, token);
+        stage::<S, E>(tile, block, first_panel(tile), 0..block.tokens.next_multiple_of(TOKEN_GROUP));
+        for columns in panels(tile.head_dim_k) {
+            let mut panel = 0;
+            while panel + wide <= tile.panels {
+                scores_strip::<S, E, NV, MT>(tile, block, columns, panel, wide);
+                panel += wide;
             }
-            panel += wide;
+            // Elsewhere NV vectors are one panel, and nothing is left.
+            if S::LANES == PANEL {
+                while panel + 2 <= tile.panels {
+                    scores_strip::<S, E, 2, 8>(tile, block, columns, panel, 2);
+                    panel += 2;
+                }
+                if panel < tile.panels {
+                    scores_strip::<S, E, 1, 16>(tile, block, columns, panel, 1);
+                }
+            }
         }
-        // Elsewhere NV vectors are one panel, and nothing is left.
-        if S::LANES == PANEL {
-            while panel + 2 <= tile.panels {
-                for token in (0..block.tokens).step_by(8) {
-                    scores_tile::<S, 2, 8>(tile, panel, token);
-                }
-                panel += 2;
-            }
-            if panel < tile.panels {
-                for token in (0..block.tokens).step_by(16) {
-                    scores_tile::<S, 1, 16>(tile, panel, token);
-                }
+    }
+}
+
+fn first_panel(tile: &Tile) -> (usize, usize) {
+    (0, COLUMNS.min(tile.head_dim_k))
+}
+
+/// The column panel behind `column` and `width`, if there is one before column `end`.
+fn panel_behind((column, width): (usize, usize), end: usize) -> Option<(usize, usize)> {
+    let next = column + width;
+    (next < end).then(|| (next, COLUMNS.min(end - next)))
+}
+
+/// The register tiles of all tokens and `count` row panels, which are `NV` vectors. The last strip of a column panel
+/// stages the next one over the tokens it has done, so that products run while those loads and stores are on their way.
+#[inline(always)]
+unsafe fn scores_strip<S: Simd, E: Widen, const NV: usize, const MT: usize>(
+    tile: &Tile,
+    block: &Block,
+    columns: (usize, usize),
+    panel: usize,
+    count: usize,
+) {
+    let next = panel_behind(columns, tile.head_dim_k).filter(|_| panel + count == tile.panels);
+    for token in (0..block.tokens).step_by(MT) {
+        // SAFETY: the caller's contract is this function's.
+        unsafe {
+            scores_tile::<S, NV, MT>(tile, columns, panel, token);
+            if let Some(next) = next {
+                stage::<S, E>(tile, block, next, token..token + MT);
             }
         }
     }
@@ -227,41 +288,58 @@ unsafe fn softmax_rows<S: Simd, W: Weights<S>, const MASKED: bool>(
     }
 }
 
+/// What `accumulate` does between products.
+struct Meanwhile<'a> {
+    block: &'a Block,
+    /// The column panel that is staged over the one in use, once its last register tile is at work.
+    next: Option<(usize, usize)>,
+    /// Lines of the block that comes next, and how many of them to ask for every [`STEP`] tokens.
+    ahead: Ahead<'a>,
+    lines: usize,
+}
+
+/// Rows `row..row + MR` times `NV` vectors of columns, the staged panel's from `column` - `begin`.
 #[inline(always)]
-unsafe fn accumulate_tile<S: Simd, const MR: usize, const NV: usize>(
+unsafe fn accumulate_tile<S: Simd, E: Widen, const MR: usize, const NV: usize>(
     tile: &Tile,
     row: usize,
-    column: usize,
+    (begin, column): (usize, usize),
     tokens: usize,
     first: bool,
+    meanwhile: &mut Meanwhile<'_>,
 ) {
-    // SAFETY: rows row..row + MR and NV vectors from `column` are inside the tile, and in one column panel.
+    // SAFETY: rows row..row + MR are inside the tile and one row panel, NV vectors from `column` in this column panel.
     unsafe {
-        let begin = column / COLUMNS * COLUMNS;
         let width = COLUMNS.min(tile.v_columns - begin);
         let o = tile.o_panel(begin).add(row * width + column - begin);
-        let v = tile.kv.add(column);
-        let mut p = [tile.s.cast_const(); MR];
+        let v = tile.kv.add(column - begin);
+        let p = tile.weights_of(row);
         let mut acc = [[S::splat(0.0); NV]; MR];
-        for r in 0..MR {
-            p[r] = tile.weights_of(row + r);
-            if !first {
+        if !first {
+            for r in 0..MR {
                 let alpha = S::splat(*tile.alpha.add(row + r));
                 for j in 0..NV {
                     acc[r][j] = S::mul(alpha, S::load(o.add(r * width + j * S::LANES)));
                 }
             }
         }
-        for t in 0..tokens {
-            let mut vv = [S::splat(0.0); NV];
-            for j in 0..NV {
-                vv[j] = S::load(v.add(t * tile.k_stride + j * S::LANES));
-            }
-            for r in 0..MR {
-                let weight = S::splat(*p[r].add(t * PANEL));
+        for step in (0..tokens).step_by(STEP) {
+            let tokens = step..tokens.min(step + STEP);
+            meanwhile.ahead.by_ref().take(meanwhile.lines).for_each(|line| S::prefetch(line));
+            for t in tokens.clone() {
+                let mut vv = [S::splat(0.0); NV];
                 for j in 0..NV {
-                    acc[r][j] = S::fma(weight, vv[j], acc[r][j]);
+                    vv[j] = S::load(v.add(t * COLUMNS + j * S::LANES));
                 }
+                for r in 0..MR {
+                    let weight = S::splat(*p.add(t * PANEL + r));
+                    for j in 0..NV {
+                        acc[r][j] = S::fma(weight, vv[j], acc[r][j]);
+                    }
+                }
+            }
+            if let Some(next) = meanwhile.next {
+                stage::<S, E>(tile, meanwhile.block, next, tokens);
             }
         }
         for r in 0..MR {
@@ -272,31 +350,47 @@ unsafe fn accumulate_tile<S: Simd, const MR: usize, const NV: usize>(
     }
 }
 
-/// `NV` vectors are 64 columns, or 16; `MR` rows at once, the rest one by one.
+/// `NV` vectors are 64 columns, or 16; `MR` rows of a panel at once, the rest one by one.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, const MR: usize, const NV: usize>(
+unsafe fn accumulate<S: Simd, E: Widen, const MR: usize, const NV: usize>(
     tile: &Tile,
     rows: (usize, usize),
     tokens: usize,
     first: bool,
+    block: &Block,
+    next: &Block,
 ) {
-    let mut column = 0;
-    // SAFETY: only whole register tiles inside the tile.
+    let ahead = Ahead::new(next);
+    let steps = tile.v_columns.div_ceil(NV * S::LANES) * (rows.1 - rows.0).div_ceil(MR) * tokens.div_ceil(STEP);
+    let lines = ahead.all().div_ceil(steps.max(1));
+    let mut meanwhile = Meanwhile { block, next: None, ahead, lines };
+    // SAFETY: only whole register tiles inside the tile. Columns from head_dim_v to v_columns are what they happen to
+    // be: nobody reads their results.
     unsafe {
-        while column < tile.v_columns {
-            let wide = NV * S::LANES <= tile.v_columns - column;
-            let mut row = rows.0;
-            while row < rows.1 {
-                match (wide, rows.1 - row >= MR) {
-                    (true, true) => accumulate_tile::<S, MR, NV>(tile, row, column, tokens, first),
-                    (true, false) => accumulate_tile::<S, 1, NV>(tile, row, column, tokens, first),
-                    // Reached with AVX-512 only: elsewhere NV vectors are 16 columns.
-                    (false, true) => accumulate_tile::<S, MR, 1>(tile, row, column, tokens, first),
-                    (false, false) => accumulate_tile::<S, 1, 1>(tile, row, column, tokens, first),
+        stage::<S, E>(tile, block, first_panel(tile), 0..tokens);
+        for (begin, width) in tile.column_panels() {
+            let behind = panel_behind((begin, width), tile.v_columns.min(tile.head_dim_k));
+            let mut column = begin;
+            while column < begin + width {
+                let vectors = if NV * S::LANES <= begin + width - column { NV } else { 1 };
+                let mut row = rows.0;
+                while row < rows.1 {
+                    let many = row.is_multiple_of(MR) && rows.1 - row >= MR;
+                    let end = row + if many { MR } else { 1 };
+                    let last = end == rows.1 && column + vectors * S::LANES == begin + width;
+                    meanwhile.next = behind.filter(|_| last);
+                    let (at, then) = ((begin, column), &mut meanwhile);
+                    match (vectors == NV, many) {
+                        (true, true) => accumulate_tile::<S, E, MR, NV>(tile, row, at, tokens, first, then),
+                        (true, false) => accumulate_tile::<S, E, 1, NV>(tile, row, at, tokens, first, then),
+                        // Reached with AVX-512 only: elsewhere NV vectors are 16 columns.
+                        (false, true) => accumulate_tile::<S, E, MR, 1>(tile, row, at, tokens, first, then),
+                        (false, false) => accumulate_tile::<S, E, 1, 1>(tile, row, at, tokens, first, then),
+                    }
+                    row = end;
                 }
-                row += if rows.1 - row >= MR { MR } else { 1 };
+                column += vectors * S::LANES;
             }
-            column += if wide { NV * S::LANES } else { S::LANES };
         }
     }
 }
@@ -314,10 +408,6 @@ unsafe fn read_row<S: Simd>(tile: &Tile, row: usize, factor: f32) {
     }
 }
 
-unsafe fn truncate(_: &Tile, _: usize) {
-    // Products run over single tokens here.
-}
-
 /// The kernels of one instruction set: `simd` with `feature`, register tiles `scores` and `accumulate`.
 macro_rules! wide_kernels {
     ($module:ident, $simd:ty, [$($feature:literal)?], scores $sv:literal x $st:literal, accumulate $ar:literal x $av:literal) => {
@@ -325,24 +415,21 @@ macro_rules! wide_kernels {
             use super::*;
 
             $(#[target_feature(enable = $feature)])?
-            unsafe fn stage_bf16(tile: &Tile, block: &Block) {
+            unsafe fn scores<E: Widen>(tile: &Tile, block: &Block) {
                 // SAFETY: features as above; the rest is the table's contract. So for all that follow.
-                unsafe { super::stage::<$simd, FromBf16>(tile, block) }
+                unsafe { super::scores::<$simd, E, $sv, $st>(tile, block) }
             }
             $(#[target_feature(enable = $feature)])?
-            unsafe fn stage_f16(tile: &Tile, block: &Block) {
+            unsafe fn accumulate<E: Widen>(
+                tile: &Tile,
+                rows: (usize, usize),
+                tokens: usize,
+                first: bool,
+                block: &Block,
+                next: &Block,
+            ) {
                 // SAFETY: see above.
-                unsafe { super::stage::<$simd, FromF16>(tile, block) }
-            }
-            $(#[target_feature(enable = $feature)])?
-            unsafe fn stage_f32(tile: &Tile, block: &Block) {
-                // SAFETY: see above.
-                unsafe { super::stage::<$simd, FromF32>(tile, block) }
-            }
-            $(#[target_feature(enable = $feature)])?
-            unsafe fn scores(tile: &Tile, block: &Block) {
-                // SAFETY: see above.
-                unsafe { super::scores::<$simd, $sv, $st>(tile, block) }
+                unsafe { super::accumulate::<$simd, E, $ar, $av>(tile, rows, tokens, first, block, next) }
             }
             $(#[target_feature(enable = $feature)])?
             unsafe fn softmax(tile: &Tile, tokens: usize, scale: f32, masked: bool) {
@@ -350,23 +437,17 @@ macro_rules! wide_kernels {
                 unsafe { super::softmax::<$simd, F32Weights>(tile, tokens, scale, masked) }
             }
             $(#[target_feature(enable = $feature)])?
-            unsafe fn accumulate(tile: &Tile, rows: (usize, usize), tokens: usize, first: bool, _: &Block, _: &Block) {
-                // SAFETY: see above.
-                unsafe { super::accumulate::<$simd, $ar, $av>(tile, rows, tokens, first) }
-            }
-            $(#[target_feature(enable = $feature)])?
             unsafe fn read_row(tile: &Tile, row: usize, factor: f32) {
                 // SAFETY: see above.
                 unsafe { super::read_row::<$simd>(tile, row, factor) }
             }
 
-            const fn with(stage: unsafe fn(&Tile, &Block)) -> Kernels {
-                let query_form = QueryForm::F32;
-                Kernels { query_form, stage, truncate, scores, softmax, accumulate, read_row }
+            const fn of<E: Widen>() -> Kernels {
+                Kernels { query_form: QueryForm::F32, scores: scores::<E>, softmax, accumulate: accumulate::<E>, read_row }
             }
-            pub static BF16: Kernels = with(stage_bf16);
-            pub static F16: Kernels = with(stage_f16);
-            pub static F32: Kernels = with(stage_f32);
+            pub static BF16: Kernels = of::<FromBf16>();
+            pub static F16: Kernels = of::<FromF16>();
+            pub static F32: Kernels = of::<FromF32>();
         }
     };
 }
