@@ -7,6 +7,8 @@
 mod host;
 #[path = "simt/library.rs"]
 mod library;
+#[path = "simt/pieces.rs"]
+mod pieces;
 
 use std::path::Path;
 use std::process::Command;
@@ -140,6 +142,7 @@ fn shared_memory_is_what_the_readme_says() {
         assert!(kernels.shared_bytes("polymla_generic_bf16") <= 1024);
         assert_eq!(kernels.shared_bytes("polymla_combine_bf16"), 4096);
         assert_eq!(kernels.shared_bytes("polymla_schedule"), 6144);
+        assert_eq!(kernels.shared_bytes("polymla_merge_bf16"), if variant.tile == "SIMT_TILE_MMA" { 13952 } else { 0 });
     }
     assert!(checked >= 30, "{checked} cells checked");
 }
@@ -250,6 +253,37 @@ fn the_order_of_threads_does_not_matter() {
             }
         }
     }
+}
+
+/// Roles must not lose step in a part with segments that have nothing to multiply: some roles wait for nobody in them.
+#[test]
+fn segments_without_keys_between_others() {
+    let limits = Limits { max_heads_per_kv: 64, max_s_q: 1, max_tokens: 200, ..tuned(64, 1, 8) };
+    let mut backend = SimtBackend::new(by_name("mma-32-227"));
+    let rows = |c: &Call| c.problem.s_q() * c.problem.heads_per_kv();
+    let calls = (0..).map(|seed| random_call(seed, &limits).unwrap()).filter(|c| rows(c) > 32);
+    let options = ScheduleOptions { num_sm_parts: Some(1), policy: SplitPolicy::Balanced { overhead_blocks: 0 } };
+    let mut tested = 0;
+    for call in calls.take(12) {
+        let lens = call.cache_seqlens();
+        let (Some(empty), Some(some)) = (lens.iter().position(|n| *n == 0), lens.iter().position(|n| *n > 0)) else {
+            continue;
+        };
+        let picks = [some, empty, empty, some, empty, some, empty, empty, empty, empty];
+        let batch = call.with_requests(&picks).unwrap();
+        let alone = [empty, some].map(|i| bits(&backend, &call.with_requests(&[i]).unwrap(), &options));
+        for order in 1..5 {
+            backend.seed = order;
+            let (out, lse) = bits(&backend, &batch, &options);
+            for (i, pick) in picks.iter().enumerate() {
+                let (o, l) = &alone[usize::from(*pick == some)];
+                assert!(out[i * o.len()..][..o.len()] == **o, "order {order} request {i} of {}", call.name);
+                assert!(lse[i * l.len()..][..l.len()] == **l, "order {order} request {i} of {}", call.name);
+            }
+        }
+        tested += 1;
+    }
+    assert!(tested >= 3, "only {tested} calls have requests with keys and without");
 }
 
 #[test]

@@ -48,6 +48,9 @@ PM_DEV u32 pm_pack_bf16(float lo, float hi) {
     return r;
 }
 
+// Brings the line of an address that may be read into L2.
+PM_DEV void pm_prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 PM_DEV u32 pm_shared(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 // 16 bytes, or zeros where `valid` is false; then `src` is not read.
@@ -84,8 +87,6 @@ PM_DEV void pm_registers_pv() {}
 PM_DEV void pm_registers_qk() {}
 PM_DEV void pm_registers_copy() {}
 #endif
-// Brings the line of an address that may be read into L2.
-PM_DEV void pm_prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 // As pm_thread, and worked out where it stands: what is made of it is not kept in registers from loop to loop.
 PM_DEV int pm_thread_again() {
     int i;
@@ -96,6 +97,8 @@ template <class T>
 PM_DEV T pm_shfl(T x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);
 }
+// Four bytes of the eight of x and y, x the lower ones, by the digits of the selector.
+PM_DEV u32 pm_bytes(u32 x, u32 y, u32 selector) { return __byte_perm(x, y, selector); }
 // A barrier in shared memory of 8 bytes, whose phases complete by `arrivals` arrivals each.
 PM_DEV void pm_mbar_init(char* at, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(pm_shared(at)), "r"(arrivals) : "memory");
@@ -163,6 +166,7 @@ PM_DEV void pm_grid_release() {}
 #include "tile_mma.h"
 #define PM_TILE MmaTile
 #define PM_ROLES 1       // barriers in shared memory, and copies that arrive on them
+#define PM_PIECES 1      // partial results as pieces.h has them
 #else
 #include "tile_fma.h"
 #define PM_TILE FmaTile

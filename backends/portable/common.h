@@ -7,8 +7,10 @@
 //   pm_shfl_xor, pm_shfl                               within 32 neighbouring lanes, all of which must arrive
 //   pm_exp2, pm_log2, pm_atomic_min                    arithmetic
 //   pm_copy16, pm_copy_commit, pm_copy_wait            16 bytes from global to shared memory, asynchronous where it can be
+//   pm_prefetch                                        brings an address that may be read into the cache, or nothing
 //   pm_grid_wait, pm_grid_release                      ordering against the kernel before and after, or nothing
 //   pm_f16_to_float, pm_float_to_f16, pm_pack_bf16     conversions
+// and, for tiles on mma.sync, pm_bytes, and what decode_roles.h uses.
 #pragma once
 
 #include "params.h"
@@ -88,30 +90,52 @@ PM_DEV void report(int* status, int req) {
     if (status) pm_atomic_min(status, req);
 }
 
+// The request that a part begins with, if requests are equally long. Only a guess: what is read by it costs no time where
+// it is right, and nothing else where it is not.
+PM_DEV int likely_request(const DecodeParams& p, int part) {
+    return pm_min(int(u32(part) * u32(pm_min(p.b, 0xffff)) / u32(p.num_parts)), p.b - 1);
+}
+
 // Walks a part as Schedule::splits_of does.
 struct SegmentWalk {
-    const PartMeta* part;       // read again for every segment: registers are dearer
     int req, next_begin, next_split;
+    int end_req, end_block;     // of the part
+    int guess, len, first, after;   // a request, its length and its splits
 
+    // All that is read is read together: each trip to memory is as long as the work on a block.
     PM_DEV void begin(const DecodeParams& p, int index) {
-        part = p.parts + index;
-        req = part->begin_req < 0 ? p.b : part->begin_req;
-        next_begin = part->begin_block;
-        next_split = part->begin_split;
+        const PartMeta& part = p.parts[index];
+        const int r = likely_request(p, index);
+        const int begin_req = part.begin_req, begin_block = part.begin_block, begin_split = part.begin_split;
+        const int last_req = part.end_req, last_block = part.end_block;
+        const int r_len = p.cache_seqlens[r], r_first = p.num_splits[r], r_after = p.num_splits[r + 1];
+        req = begin_req < 0 ? p.b : begin_req;
+        next_begin = begin_block;
+        next_split = begin_split;
+        end_req = last_req;
+        end_block = last_block;
+        guess = r;
+        len = r_len;
+        first = r_first;
+        after = r_after;
     }
 
     PM_DEV bool next(const DecodeParams& p, Segment& s) {
-        const int end_req = pm_min(part->end_req, p.b - 1);
-        if (req > end_req) return false;
-        // All that is read comes first, so that the reads wait for memory together.
-        const int len = p.cache_seqlens[req], first = p.num_splits[req], after = p.num_splits[req + 1];
-        const int last_req = part->end_req, last_block = part->end_block;
+        if (req > pm_min(end_req, p.b - 1)) return false;
+        if (req != guess) {
+            guess = req;
+            // All that is read comes first, so that the reads wait for memory together.
+            const int r_len = p.cache_seqlens[req], r_first = p.num_splits[req], r_after = p.num_splits[req + 1];
+            len = r_len;
+            first = r_first;
+            after = r_after;
+        }
         s.bad = len < 0 || i64(len) > i64(p.max_pages_per_seq) * p.page_size;
         s.req = req;
         s.len = s.bad ? 0 : len;
         const int blocks = int((u32(s.len) + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
         // A plan made for longer sequences than these must not reach past the end of one.
-        int end = req == last_req ? pm_min(last_block, blocks) : blocks;
+        int end = req == end_req ? pm_min(end_block, blocks) : blocks;
         s.begin = next_begin;
         if (end < s.begin) end = s.begin;
         s.slot = after - first > 1 ? first + next_split : -1;
@@ -163,6 +187,14 @@ PM_DEV i64 out_offset(const DecodeParams& p, int req, Row row) {
 // The maximum that a row's weights are relative to, base 2. The old one stays until it is exceeded by much: weights of up to
 // 2^8 are as exact as those of up to 1, and O is rarely multiplied by anything.
 PM_DEV float running_maximum(float before, float top) { return top > before + 8.0f ? top : before; }
+
+// Brings the table of the request that a part probably begins with into the cache, before it is known what of it is needed;
+// every thread does a line. Of a very long table the first lines are.
+PM_DEV void prefetch_table(const DecodeParams& p, int part, int thread) {
+    const int entry = thread * 32;
+    if (entry < p.max_pages_per_seq)
+        pm_prefetch(p.block_table + i64(likely_request(p, part)) * p.block_table_stride_b + entry);
+}
 
 // Index of row r of a KV head within one slot of the partial buffers.
 PM_DEV i64 partial_row(const DecodeParams& p, int slot, int kv_head, int r) {

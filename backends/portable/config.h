@@ -79,7 +79,7 @@ struct Config {
     static constexpr int inverse = sums + 2 * M * 4; // f32 [M]: what O is multiplied by at the end
     static constexpr int offsets = inverse + M * 4; // i64 [M]: where its rows go
     static constexpr int barriers = offsets + M * 8;
-    static constexpr int roles_total = barriers + 256;
+    static constexpr int roles_total = barriers + 288;
     static_assert(total <= POLYMLA_SMEM_KIB * 1024, "the class's shared memory");
 };
 

@@ -15,6 +15,9 @@
 #pragma once
 
 #include "load.h"
+#ifdef PM_PIECES
+#include "pieces.h"
+#endif
 
 namespace polymla {
 
@@ -329,10 +332,20 @@ struct Decoder {
             finish_row(p, s, kv_head, row0, r, limit[r], *bad != 0, state.m, state.l, inverse, offset);
         }
         pm_sync();
-        if (s.slot < 0)
+        if (s.slot < 0) {
             store(p, false, p.flags & FLAG_OUT_VEC, inverse, offset, acc);
-        else
+        } else {
+#ifdef PM_PIECES
+            const int lane = pm_thread() % 32, warp = pm_thread() / 32;
+            float f[2 * C::MT];
+#pragma unroll
+            for (int i = 0; i < 2 * C::MT; ++i) f[i] = inverse[lane / 4 + 8 * i];
+#pragma unroll
+            for (int g = 0; g < C::GROUPS; ++g) store_pieces<C::MT>(p, s.slot, kv_head, row0, warp * C::GROUPS + g, lane, f, acc[g]);
+#else
             store(p, true, true, inverse, offset, acc);
+#endif
+        }
     }
 
     // Kept in shared memory by thread 0: the others have no registers to spare for it.
@@ -354,7 +367,9 @@ struct Decoder {
         const int m_tiles = (p.s_q * p.heads_per_kv + C::M - 1) / C::M;
         const int row0 = pm_block() % m_tiles * C::M, kv_head = pm_block() / m_tiles % p.h_kv;
         State& state = *reinterpret_cast<State*>(smem + C::state);
-        if (pm_thread() == 0) state.walk.begin(p, pm_block() / m_tiles / p.h_kv);
+        const int part = pm_block() / m_tiles / p.h_kv;
+        if (pm_thread() == 0) state.walk.begin(p, part);
+        prefetch_table(p, part, pm_thread());
         for (;;) {
             pm_sync();                  // the segment before is done with shared memory
             if (pm_thread() == 0) next_segment(p, state, smem);

@@ -42,14 +42,15 @@ struct RoleDecoder {
     static_assert(STEPS % UNROLL == 0 && UNROLL % 4 == 0, "whole 128-byte pieces of rows");
     typedef KvLoader<C, COPY_THREADS> Loader;
 
-    // Barriers in shared memory. The n-th use of one waits for its n-th phase; it must not be a phase ahead by then, so what the
-    // copying warps run ahead with has one for each of the two slots.
+    // Barriers in shared memory. The n-th use of one waits for its n-th phase, which nobody may then be ahead of, neither by
+    // waiting nor by arriving. What a role may run ahead with, by a segment, has one for each of the two slots: the copying
+    // warps do, and the second group in segments without keys.
     enum Barrier {
         SEGMENT,                // a slot says what the next segment is
         LOADED = SEGMENT + 2,   // all copies of its segment are under way
         STORED = LOADED + 2,    // and O is stored: nobody wants the slot any more
         ROWS = STORED + 2,      // a segment's rows are finished
-        Q_FULL,                 // Q has landed; for every segment with keys
+        Q_FULL = ROWS + 2,      // Q has landed; for every segment with keys
         Q_EMPTY,                // and is read
         FULL,                   // a half stage has landed: stage * 2 + half
         EMPTY = FULL + 4,       // and it, and the half of P with it, is read
@@ -64,7 +65,7 @@ struct RoleDecoder {
         return which < LOADED                        ? 1
                : which < STORED                      ? COPY_THREADS
                : which < ROWS                        ? PV_THREADS
-               : which == ROWS || which == Q_EMPTY   ? QK_THREADS
+               : which < Q_FULL || which == Q_EMPTY  ? QK_THREADS
                : which < EMPTY                       ? COPY_THREADS
                : which < P_FULL                      ? PV_THREADS
                : which < MAXIMA                      ? PAIRS * 32
@@ -99,6 +100,7 @@ struct RoleDecoder {
     // ---- copies ------------------------------------------------------------------------------------
     static PM_DEV void copy_role(const DecodeParams& p, int part, int kv_head, int row0, char* smem) {
         SegmentWalk& walk = *reinterpret_cast<SegmentWalk*>(smem + WALK);
+        prefetch_table(p, part, pm_thread() - COPY_FIRST);
         if (pm_thread() == COPY_FIRST) walk.begin(p, part);
         u32 done = 0, loads = 0;            // tiles, and segments with keys, of the segments before
         for (u32 turn = 0;; ++turn) {
@@ -159,7 +161,7 @@ struct RoleDecoder {
         return reinterpret_cast<float*>(smem + (group ? C::factor_1 : C::factor));
     }
 
-    // As Uniform::store, in fewer instructions: partial rows lie one after another, so that one address serves all.
+    // As Uniform::store, in fewer instructions.
     static PM_DEV void store(const DecodeParams& p, const Segment& s, int kv_head, int row0, const char* smem,
                              const Acc (&acc)[C::GROUPS][C::MT][4]) {
         const int thread = pm_thread_again(), row = thread % 32 / 4, rows = p.s_q * p.heads_per_kv - row0;
@@ -170,16 +172,7 @@ struct RoleDecoder {
 #pragma unroll
         for (int i = 0; i < 2 * C::MT; ++i) f[i] = inverse[8 * i];
         if (s.slot >= 0) {
-            float* to = p.partial_out + (partial_row(p, s.slot, kv_head, row0) + row) * C::DV + col;
-#pragma unroll
-            for (int i = 0; i < 2 * C::MT; ++i)
-                if (row + 8 * i < rows)
-#pragma unroll
-                    for (int j = 0; j < 8; ++j) {
-                        const float* v = acc[0][i / 2][j / 2].v + j % 2 * 4 + i % 2 * 2;
-                        const Floats2 pair = {{v[0] * f[i], v[1] * f[i]}};
-                        *reinterpret_cast<Floats2*>(to + i * 8 * C::DV + j * 8) = pair;
-                    }
+            store_pieces<C::MT>(p, s.slot, kv_head, row0, thread / 32, thread % 32, f, acc[0]);
             return;
         }
 #pragma unroll
@@ -220,7 +213,7 @@ struct RoleDecoder {
                     Tile::template pv_step<C::MT, C::N / 8>(acc[0], smem, from ^ k * 32, v + k * 16 * C::U * 16);
                 arrive(smem, EMPTY + piece);
             }
-            wait(smem, ROWS, turn);
+            wait_slot(smem, ROWS, turn);
             store(p, slot.segment, kv_head, row0, smem, acc);
             arrive(smem, STORED + int(turn & 1));
         }
@@ -432,7 +425,7 @@ struct RoleDecoder {
             }
             finish_rows(p, slot, turn, loads, w.tiles > 0, kv_head, row0, limit, smem, rows);
             loads += w.tiles > 0;
-            arrive(smem, ROWS);
+            arrive(smem, ROWS + int(turn & 1));
         }
     }
 

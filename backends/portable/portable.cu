@@ -10,6 +10,9 @@
 #include "decode_roles.h"
 #endif
 #include "generic.h"
+#ifdef PM_PIECES
+#include "merge.h"
+#endif
 #include "schedule.h"
 
 #define PM_DECODE(NAME, ELEM, DK, DV, M)                                                                          \
@@ -60,11 +63,23 @@
         polymla::combine<polymla::ELEM>(p, smem);                                 \
     }
 
+#ifdef PM_PIECES
+#define PM_MERGE(SUFFIX, ELEM)                                                    \
+    PM_GLOBAL(256) polymla_merge_##SUFFIX(const polymla::DecodeParams p) {        \
+        PM_SHARED_DYNAMIC(smem);                                                  \
+        polymla::merge<polymla::ELEM>(p, smem);                                   \
+    }
+#else
+#define PM_MERGE(SUFFIX, ELEM)
+#endif
+
 #ifndef POLYMLA_ONLY_F16
 PM_KERNELS(bf16, Bf16)
+PM_MERGE(bf16, Bf16)
 #endif
 #ifndef POLYMLA_ONLY_BF16
 PM_KERNELS(f16, F16)
+PM_MERGE(f16, F16)
 #endif
 
 PM_GLOBAL(256) polymla_schedule(const polymla::ScheduleParams p) {

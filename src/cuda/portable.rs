@@ -30,6 +30,8 @@ static DIALECT: Dialect = Dialect {
     embedded: built::EMBEDDED,
     options: units::nvrtc_options,
     extension: "cubin",
+    // What has less is Turing, for which the dialect multiplies by plain FMA.
+    pieces_from_kib: Some(99),
 };
 
 fn absent(reason: String) -> MlaError {

@@ -57,6 +57,7 @@ pub(super) static VENDOR: Vendor = Vendor {
         embedded: &[],
         options: units::corex_options,
         extension: "cubin",
+        pieces_from_kib: None,
     },
     warps: &[64],
     class: |warp, shared| TileClass::of(warp, shared),

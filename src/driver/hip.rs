@@ -103,6 +103,7 @@ pub(super) static VENDOR: Vendor = Vendor {
         embedded: built::EMBEDDED,
         options: units::hiprtc_options,
         extension: "co",
+        pieces_from_kib: None,
     },
     warps: &[64],
     attributes: ATTRIBUTES,

@@ -91,6 +91,7 @@ pub(super) static VENDOR: Vendor = Vendor {
         embedded: &[],
         options: units::maca_options,
         extension: "mcfb",
+        pieces_from_kib: None,
     },
     warps: &[64],
     class: |warp, shared| TileClass::of(warp, shared),

@@ -52,6 +52,7 @@ pub(super) static VENDOR: Vendor = Vendor {
         embedded: &[],
         options: units::musa_options,
         extension: "mubin",
+        pieces_from_kib: None,
     },
     warps: &[32, 128],
     // Of what is checked at 32 lanes without a matrix unit, the largest class.

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use super::kernels::Kernels;
-use super::plan::{PortableSchedule, combine_units};
-use super::tiles::{COMBINE_SHARED, Decode, SCHEDULE_SHARED, THREADS};
+use super::plan::{Partials, PortableSchedule};
+use super::tiles::{COMBINE_SHARED, Decode, MERGE_SHARED, SCHEDULE_SHARED, THREADS};
 use super::{params, supports};
 use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
 use crate::call::{Inputs, Outputs};
@@ -27,7 +27,7 @@ pub struct PortableBackend {
     multiprocessors: usize,
     kernels: Kernels,
     schedule: Function,
-    combine: [OnceLock<Function>; 2],
+    combine: [OnceLock<Function>; 4],
     decode: [OnceLock<Function>; Decode::COUNT],
     flush: Mutex<Option<DeviceBuffer>>,
 }
@@ -102,13 +102,20 @@ impl PortableBackend {
         Ok(cell.get_or_init(|| function))
     }
 
-    fn combine_function(&self, dtype: DType) -> Result<&Function> {
-        let cell = &self.combine[usize::from(dtype == DType::Bf16)];
+    fn partials(&self, decode: Decode) -> Partials {
+        if self.kernels.leaves_pieces(decode) { Partials::Pieces } else { Partials::Rows }
+    }
+
+    fn combine_function(&self, partials: Partials, dtype: DType) -> Result<&Function> {
+        let (kind, shared) = match partials {
+            Partials::Rows => ("combine", COMBINE_SHARED),
+            Partials::Pieces => ("merge", MERGE_SHARED),
+        };
+        let cell = &self.combine[usize::from(partials == Partials::Pieces) * 2 + usize::from(dtype == DType::Bf16)];
         if let Some(function) = cell.get() {
             return Ok(function);
         }
-        let name = format!("polymla_combine_{dtype}");
-        let function = Function::new(&self.kernels.module(dtype)?, &name, COMBINE_SHARED)?;
+        let function = Function::new(&self.kernels.module(dtype)?, &format!("polymla_{kind}_{dtype}"), shared)?;
         Ok(cell.get_or_init(|| function))
     }
 }
@@ -148,11 +155,11 @@ impl MlaBackend for PortableBackend {
         MlaBackend::supports(self, problem)?;
         inputs.validate(problem, self.info.device)?;
         // Kernels are loaded here, so that `run` finds them in place.
-        let (_, blocks_per_part) = self.kernels.class().decode(problem, true);
+        let (kernel, blocks_per_part) = self.kernels.class().decode(problem, true);
         for aligned in [true, false] {
             self.decode_function(self.kernels.class().decode(problem, aligned).0, problem.dtype())?;
         }
-        self.combine_function(problem.dtype())?;
+        self.combine_function(self.partials(kernel), problem.dtype())?;
         let parts = self.multiprocessors / blocks_per_part.max(1);
         let mut schedule = PortableSchedule::new(&self.device, problem, options, parts)?;
         schedule.enqueue(&self.schedule, problem, &inputs.cache_seqlens, stream)?;
@@ -160,7 +167,7 @@ impl MlaBackend for PortableBackend {
     }
 
     fn workspace_bytes(&self, problem: &Problem, schedule: &PortableSchedule) -> usize {
-        schedule.workspace_bytes(problem)
+        schedule.workspace_bytes(problem, self.partials(self.kernels.class().decode(problem, true).0))
     }
 
     fn run(
@@ -191,14 +198,14 @@ impl MlaBackend for PortableBackend {
             return Ok(());
         }
         let mut params = params(problem, inputs, outputs);
-        schedule.fill(&mut params, problem, scratch);
         let (kernel, blocks_per_part) = self.kernels.class().decode(problem, params.aligned());
+        let partials = self.partials(kernel);
+        schedule.fill(&mut params, problem, scratch, partials);
         let (decode, combine) =
-            (self.decode_function(kernel, problem.dtype())?, self.combine_function(problem.dtype())?);
+            (self.decode_function(kernel, problem.dtype())?, self.combine_function(partials, problem.dtype())?);
         let blocks = blocks_per_part as u64 * schedule.num_parts() as u64;
         let decode_launch = Launch::row(decode, blocks, kernel.threads(self.kernels.class()), true)?;
-        let blocks = problem.b() as u64 * combine_units(problem).div_ceil(params.combine_units as u64);
-        let combine_launch = Launch::row(combine, blocks, THREADS, true)?;
+        let combine_launch = Launch::row(combine, partials.blocks(problem, &params), THREADS, true)?;
         let mut list = [(&raw mut params).cast::<c_void>()];
         // SAFETY: the kernels' one parameter. What its addresses name is vouched for by the views, checked against the
         // problem above, by the schedule and by the workspace, checked for its size.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use super::source::{Files, ROOT, self_contained};
-use super::tiles::TileClass;
+use super::tiles::{Decode, TileClass};
 use super::units::{ELEMENTS, binary_name};
 use crate::device::{Api, Module};
 use crate::error::{MlaError, Result};
@@ -28,6 +28,8 @@ pub(crate) struct Dialect {
     pub(crate) options: fn(&str, u32, &str) -> Vec<String>,
     /// How a binary's file name ends.
     pub(crate) extension: &'static str,
+    /// The smallest tile class whose kernels leave partial results as pieces (`backends/portable/pieces.h`).
+    pub(crate) pieces_from_kib: Option<u32>,
 }
 
 impl Dialect {
@@ -110,6 +112,11 @@ impl Kernels {
     /// The tile class that the kernels are compiled for.
     pub(crate) fn class(&self) -> &TileClass {
         &self.class
+    }
+
+    /// Whether a decode kernel leaves partial results as pieces, which the merge kernel takes, not the combine kernel.
+    pub(crate) fn leaves_pieces(&self, decode: Decode) -> bool {
+        decode.is_tuned() && self.dialect.pieces_from_kib.is_some_and(|kib| self.class.kib >= kib)
     }
 
     /// The kernels of an element type.

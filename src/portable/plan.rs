@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::params::{DecodeParams, ScheduleParams};
-use super::tiles::THREADS;
+use super::tiles::{PIECE_BYTES, PIECE_ROWS, PIECES_A_ROW, THREADS};
 use crate::device::{Api, DevicePlan, Function, HostPlan, Launch, Plan, STATUS_OK, Stream, usable_pages_per_seq};
 use crate::error::{MlaError, Result};
 use crate::problem::Problem;
@@ -18,15 +18,75 @@ const MAX_PARTS: (usize, &str) = (65_535, "1..=65535");
 const COMBINE_GROUPS: i32 = THREADS as i32 / 32;
 const COMBINE_COLUMNS: usize = 128;
 
+/// Blocks of the merge kernel that a large device runs at a time: 132 multiprocessors, 2 each.
+const CONCURRENT_MERGES: u64 = 264;
+
 /// Units that a large device merges at a time: 132 multiprocessors, 3 blocks each of 8 groups.
 const CONCURRENT_UNITS: u64 = 3168;
 
 /// Blocks of the combine kernel, about: several for each multiprocessor of any device.
 const MAX_COMBINE_BLOCKS: u64 = 2048;
 
-/// What the combine kernel merges for one request, in rows x [`COMBINE_COLUMNS`].
-pub(super) fn combine_units(problem: &Problem) -> u64 {
-    (problem.s_q() * problem.h_q()) as u64 * problem.head_dim_v().div_ceil(COMBINE_COLUMNS) as u64
+/// Rows of pieces that a slot has.
+fn piece_groups(problem: &Problem) -> usize {
+    (problem.s_q() * problem.heads_per_kv()).div_ceil(PIECE_ROWS).saturating_mul(problem.h_kv())
+}
+
+/// How partial results lie in the workspace, and by which kernel they are merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Partials {
+    /// Rows of f32, for the combine kernel.
+    Rows,
+    /// `backends/portable/pieces.h`, for the merge kernel.
+    Pieces,
+}
+
+impl Partials {
+    /// Bytes of the partial outputs in a slot.
+    fn bytes(self, problem: &Problem) -> usize {
+        match self {
+            Partials::Rows => (problem.s_q() * problem.h_q()).saturating_mul(problem.head_dim_v()).saturating_mul(4),
+            Partials::Pieces => piece_groups(problem).saturating_mul(PIECES_A_ROW * PIECE_BYTES),
+        }
+    }
+
+    /// What there is to merge for one request: rows x [`COMBINE_COLUMNS`], or turns of a block's 8 warps.
+    fn units(self, problem: &Problem, ways: i32) -> u64 {
+        match self {
+            Partials::Rows => {
+                (problem.s_q() * problem.h_q()) as u64 * problem.head_dim_v().div_ceil(COMBINE_COLUMNS) as u64
+            }
+            Partials::Pieces => (piece_groups(problem) * PIECES_A_ROW) as u64 * ways as u64 / COMBINE_GROUPS as u64,
+        }
+    }
+
+    /// Blocks of the kernel that merges.
+    pub(super) fn blocks(self, problem: &Problem, params: &DecodeParams) -> u64 {
+        let units = self.units(problem, params.combine_ways);
+        problem.b() as u64 * units.div_ceil(params.combine_units as u64)
+    }
+
+    /// Groups that share the splits of one unit, in a balanced run: no more than a request has splits on average, and none
+    /// where the device has other work for them.
+    fn ways(self, problem: &Problem, splits: u64) -> i32 {
+        let units = self.units(problem, 1).saturating_mul(problem.b() as u64).max(1);
+        let room = match self {
+            Partials::Rows => CONCURRENT_UNITS / units,
+            Partials::Pieces => CONCURRENT_MERGES / units,
+        };
+        1 << room.min(splits).clamp(1, COMBINE_GROUPS as u64).ilog2()
+    }
+
+    /// Units of a block: as many as it merges at a time, or as many times that as leave [`MAX_COMBINE_BLOCKS`].
+    fn units_a_block(self, problem: &Problem, ways: i32) -> i32 {
+        let units = self.units(problem, ways).saturating_mul(problem.b() as u64);
+        let turn = match self {
+            Partials::Rows => (COMBINE_GROUPS / ways) as u64,
+            Partials::Pieces => 1,
+        };
+        let turns = units.div_ceil(MAX_COMBINE_BLOCKS).div_ceil(turn).max(1);
+        i32::try_from(turns * turn).unwrap_or(i32::MAX)
+    }
 }
 
 /// The overhead that the schedule kernel is told. Upstream's, the default, leaves it open (-1): the kernel takes the one whose
@@ -111,45 +171,38 @@ impl PortableSchedule {
     }
 
     /// Bytes of the partial outputs, then of the partial lse.
-    fn workspace_layout(&self, problem: &Problem) -> (usize, usize) {
-        let rows = self.slots(problem).saturating_mul(problem.s_q() * problem.h_q());
+    fn workspace_layout(&self, problem: &Problem, partials: Partials) -> (usize, usize) {
+        let slots = self.slots(problem);
         // The lse follows the outputs; both stay aligned to 16 bytes.
-        let out = rows.saturating_mul(problem.head_dim_v()).saturating_mul(4);
+        let out = slots.saturating_mul(partials.bytes(problem));
+        let rows = slots.saturating_mul(problem.s_q() * problem.h_q());
         (out.checked_next_multiple_of(16).unwrap_or(usize::MAX), rows.saturating_mul(4))
     }
 
     /// Bytes of workspace that a run needs.
-    pub(super) fn workspace_bytes(&self, problem: &Problem) -> usize {
-        let (out, lse) = self.workspace_layout(problem);
+    pub(super) fn workspace_bytes(&self, problem: &Problem, partials: Partials) -> usize {
+        let (out, lse) = self.workspace_layout(problem, partials);
         out.saturating_add(lse)
     }
 
     /// Fills in what the plan and the workspace decide.
-    pub(super) fn fill(&self, params: &mut DecodeParams, problem: &Problem, workspace: u64) {
+    pub(super) fn fill(&self, params: &mut DecodeParams, problem: &Problem, workspace: u64, partials: Partials) {
         let (plan, at) = (self.memory.plan(), self.memory.addresses());
         params.parts = at.parts;
         params.num_splits = at.num_splits;
         params.partial_out = workspace;
-        params.partial_lse = workspace + self.workspace_layout(problem).0 as u64;
+        params.partial_lse = workspace + self.workspace_layout(problem, partials).0 as u64;
         params.status = at.status;
         params.num_parts = plan.num_parts() as i32;
         params.fixed_split_blocks = plan.fixed_split_blocks();
         params.slots = self.slots(problem) as i32;
-        // Ways where there are fewer units than the device has room for, but no more than a request has splits on average.
         // A batch-invariant run must add in one order in every batch.
-        let units = combine_units(problem).saturating_mul(problem.b() as u64).max(1);
         let splits = (problem.b() + plan.num_parts()) as u64 / problem.b().max(1) as u64;
         params.combine_ways = match plan.policy() {
             SplitPolicy::BatchInvariant { .. } => 4,
-            SplitPolicy::Balanced { .. } => {
-                let ways = (CONCURRENT_UNITS / units).min(splits).clamp(1, COMBINE_GROUPS as u64);
-                1 << ways.ilog2()
-            }
+            SplitPolicy::Balanced { .. } => partials.ways(problem, splits),
         };
-        // As many blocks as there are turns of 8 / ways units, or as the device has use for.
-        let turn = (COMBINE_GROUPS / params.combine_ways) as u64;
-        let turns = units.div_ceil(MAX_COMBINE_BLOCKS).div_ceil(turn).max(1);
-        params.combine_units = i32::try_from(turns * turn).unwrap_or(i32::MAX);
+        params.combine_units = partials.units_a_block(problem, params.combine_ways);
     }
 
     /// What device-side checks found so far, cleared.

@@ -12,6 +12,12 @@ const GENERIC_COLUMNS: usize = 4 * THREADS as usize;
 /// At least `sizeof(GenericSmem)`; `COMBINE_SMEM`, `SCHEDULE_SMEM`.
 const GENERIC_SHARED: u32 = 1024;
 pub(crate) const COMBINE_SHARED: u32 = 4096;
+/// `sizeof(MergeSmem)`.
+pub(crate) const MERGE_SHARED: u32 = 13952;
+/// Pieces of partial results, as `pieces.h` has them: in a row of O; query rows and bytes of one.
+pub(crate) const PIECES_A_ROW: usize = 16;
+pub(crate) const PIECE_ROWS: usize = 8;
+pub(crate) const PIECE_BYTES: usize = 768;
 pub(crate) const SCHEDULE_SHARED: u32 = 6144;
 
 /// A tile class: kernels compiled for the shared memory that a block may have.
@@ -88,6 +94,11 @@ impl Decode {
         shape * 2 + usize::from(self.bf16)
     }
 
+    /// Whether the head dimensions are those of a tuned kernel.
+    pub(crate) fn is_tuned(self) -> bool {
+        self.tuned.is_some()
+    }
+
     /// The kernel's name.
     pub(crate) fn name(self) -> String {
         let dtype = if self.bf16 { "bf16" } else { "f16" };
@@ -133,6 +144,11 @@ mod tests {
                     text += &format!("static_assert({total} <= {0} && {total} > {0} / 2, \"\");\n", class.bytes);
                 }
             }
+            text += &format!(
+                "#ifdef PM_PIECES\n#include \"merge.h\"\nstatic_assert(sizeof(MergeSmem) == {MERGE_SHARED}, \"\");\n\
+                 static_assert(MERGE_THREADS == {THREADS} && PIECES_A_ROW == {PIECES_A_ROW}, \"\");\n\
+                 static_assert(PIECE_ROWS == {PIECE_ROWS} && PIECE_BYTES == {PIECE_BYTES}, \"\");\n#endif\n"
+            );
             std::fs::write(&source, text).expect("the folder of temporary files");
             for warp in class.warps {
                 let output = std::process::Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()))
@@ -141,6 +157,7 @@ mod tests {
                     .arg("-I")
                     .arg(root.join("backends/portable"))
                     .args([format!("-DPM_WARP={warp}"), format!("-DPOLYMLA_SMEM_KIB={}", class.kib)])
+                    .args((*warp == 32 && class.kib >= 99).then_some("-DSIMT_TILE_MMA"))
                     .arg(&source)
                     .output()
                     .expect("a C++ compiler is needed: CXX, or c++");

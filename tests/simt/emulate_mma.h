@@ -13,11 +13,16 @@ PM_DEV void pm_copy_wait() {
 
 // Barriers in shared memory that warps and copies arrive on.
 #define PM_ROLES 1
+#define PM_PIECES 1
+PM_DEV u32 pm_bytes(u32 x, u32 y, u32 selector) {
+    const unsigned long long both = (unsigned long long)(y) << 32 | x;
+    u32 r = 0;
+    for (int i = 0; i < 4; ++i) r |= u32(both >> ((selector >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
+    return r;
+}
 PM_DEV void pm_registers_pv() {}
 PM_DEV void pm_registers_qk() {}
 PM_DEV void pm_registers_copy() {}
-// Reads, so that a checker of memory sees an address that must not be read.
-PM_DEV void pm_prefetch(const void* at) { (void)*static_cast<const volatile char*>(at); }
 PM_DEV int pm_thread_again() { return simt::thread(); }
 template <class T>
 struct ShflLane {

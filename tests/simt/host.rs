@@ -13,7 +13,7 @@ use crate::library::{Kernels, Variant};
 
 /// backends/portable/params.h.
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct DecodeParams {
     pub q: [u64; 2],
     pub q_strides: [[i64; 3]; 2],
@@ -128,6 +128,19 @@ impl SimtBackend {
         tuned.then(|| *offered.iter().find(|m| **m >= rows).unwrap_or(&offered[offered.len() - 1]))
     }
 
+    /// Whether partial results are pieces (backends/portable/pieces.h), which kernels on mma.sync leave.
+    fn pieces(&self, p: &Problem) -> bool {
+        self.variant.tile == "SIMT_TILE_MMA" && self.tile_rows(p, true).is_some()
+    }
+
+    /// Bytes of a slot of partial results, of a problem's rows.
+    fn slot_bytes(&self, p: &Problem) -> usize {
+        match self.pieces(p) {
+            true => p.h_kv() * (p.s_q() * p.heads_per_kv()).div_ceil(8) * 16 * 768,
+            false => p.s_q() * p.h_q() * p.head_dim_v() * 4,
+        }
+    }
+
     /// Plans with the schedule kernel. Lengths may be invalid: that is its to find.
     pub fn plan(&self, lens: &[i32], max_tokens: u64, num_parts: usize, policy: SplitPolicy) -> DeviceSchedule {
         let overhead = match policy {
@@ -224,7 +237,7 @@ impl SimtBackend {
         let (out, lse) = (outputs.out.as_view(), outputs.lse.as_view());
         let out_vec = aligned(&out, 8) && (out.strides()[3] == 1 || p.head_dim_v() == 1);
         let rows = p.s_q() * p.h_q();
-        let partial_out = schedule.slots * rows * p.head_dim_v() * 4;
+        let partial_out = schedule.slots * self.slot_bytes(p);
         DecodeParams {
             q,
             q_strides,
@@ -261,7 +274,7 @@ impl SimtBackend {
             slots: schedule.slots as i32,
             // Small numbers make every path of the combine kernel run.
             combine_units: if rows > 32 { 16 } else { 3 },
-            combine_ways: if rows > 32 { 1 } else { 4 },
+            combine_ways: if rows > 32 { 1 } else { 1 << (rows % 4) },
             flags: i32::from(q_aligned) | i32::from(kv_aligned) << 1 | i32::from(out_vec) << 2,
             scale_log2: p.softmax_scale() * std::f32::consts::LOG2_E,
             padding: 0,
@@ -320,7 +333,7 @@ impl MlaBackend for SimtBackend {
     }
 
     fn workspace_bytes(&self, p: &Problem, schedule: &DeviceSchedule) -> usize {
-        schedule.slots * p.s_q() * p.h_q() * (p.head_dim_v() + 1) * 4
+        schedule.slots * (self.slot_bytes(p) + p.s_q() * p.h_q() * 4)
     }
 
     fn run(
@@ -350,13 +363,17 @@ impl MlaBackend for SimtBackend {
             Some(m) => (format!("polymla_decode_{dtype}_d{}_m{m}", p.head_dim_k()), rows.div_ceil(m) * parts),
             None => (format!("polymla_generic_{dtype}"), rows * p.head_dim_v().div_ceil(1024) * parts),
         };
-        let combine_grid =
-            p.b() * (p.s_q() * p.h_q() * p.head_dim_v().div_ceil(128)).div_ceil(params.combine_units as usize);
+        let units = match self.pieces(p) {
+            true => p.h_kv() * rows.div_ceil(8) * 2 * params.combine_ways as usize,
+            false => p.s_q() * p.h_q() * p.head_dim_v().div_ceil(128),
+        };
+        let combine = format!("polymla_{}_{dtype}", if self.pieces(p) { "merge" } else { "combine" });
+        let combine_grid = p.b() * units.div_ceil(params.combine_units as usize);
         // SAFETY: every tensor was validated against the problem, tables are checked by the kernels before use, and the
         // workspace has the size that the parameters say.
         unsafe {
             self.kernels.launch(&name, grid, self.kernels.shared_bytes(&name), &params, self.seed);
-            self.kernels.launch(&format!("polymla_combine_{dtype}"), combine_grid, 4096, &params, self.seed);
+            self.kernels.launch(&combine, combine_grid, self.kernels.shared_bytes(&combine), &params, self.seed);
         }
         *schedule.status.lock().unwrap() = status;
         Ok(())

@@ -70,10 +70,16 @@ constexpr Kernel with_roles(const char* name, void (*entry)(const void*)) {
 #else
 #define DECODES(ELEM) DECODE(ELEM, 576, 16) DECODE(ELEM, 512, 16)
 #endif
+#ifdef PM_PIECES
+#define MERGE(ELEM) {"polymla_merge_" #ELEM, decode_entry<polymla_merge_##ELEM>, sizeof(polymla::MergeSmem), 256},
+#else
+#define MERGE(ELEM)
+#endif
 #define ALL(ELEM)                                                                                                  \
     DECODES(ELEM)                                                                                                  \
     {"polymla_generic_" #ELEM, decode_entry<polymla_generic_##ELEM>, sizeof(polymla::GenericSmem), 256},                \
-    {"polymla_combine_" #ELEM, decode_entry<polymla_combine_##ELEM>, polymla::COMBINE_SMEM, 256},
+    {"polymla_combine_" #ELEM, decode_entry<polymla_combine_##ELEM>, polymla::COMBINE_SMEM, 256},     \
+    MERGE(ELEM)
 
 const Kernel KERNELS[] = {
     ALL(bf16) ALL(f16)

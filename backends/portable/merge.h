@@ -1,0 +1,156 @@
+// Merges the pieces (pieces.h) of split requests, in split order, so that the bits never depend on timing.
+//
+// Unit      a piece of every split: 8 query rows x 32 columns, by `combine_ways` warps: way w adds up splits w, w + ways, ...
+// Roles     a block of 8 warps has 8 / ways units of the same 8 rows at a time. First each warp weighs the splits of one of
+//           these rows, a split a lane; then all add up what they have loaded meanwhile; way 0 adds the ways up.
+// Pipeline  8 splits' loads a warp are under way while the weights are worked out.
+// Grid      b * ceil(turns of a request / combine_units) blocks of 256 threads; a turn is such a set of units. A
+//           batch-invariant run fixes the ways.
+#pragma once
+
+#include "pieces.h"
+
+namespace polymla {
+
+constexpr int MERGE_THREADS = 256;
+constexpr int MERGE_WARPS = MERGE_THREADS / 32;
+constexpr int MERGE_AT_ONCE = 8;        // splits that a warp loads together
+constexpr int MERGE_ROUND = 160;        // splits that are weighed together; with 132 multiprocessors no request has more
+static_assert(MERGE_WARPS == PIECE_ROWS, "a warp weighs the splits of a row");
+
+struct MergeSmem {
+    Floats4 sums[MERGE_WARPS][2][32];
+    float weights[MERGE_ROUND][PIECE_ROWS + 1];     // by split and row; padded, for a warp writes a column
+};
+
+template <class Elem>
+PM_DEV void merge(const DecodeParams& p, char* smem_base) {
+    MergeSmem& smem = *reinterpret_cast<MergeSmem*>(smem_base);
+    const int rows = p.s_q * p.heads_per_kv, groups = piece_groups(p);
+    const int ways = p.combine_ways, together = MERGE_WARPS / ways;
+    const int turns_a_group = PIECES_A_ROW / together;
+    const u32 turns = u32(p.h_kv * groups) * u32(turns_a_group), blocks = (turns + u32(p.combine_units) - 1) / u32(p.combine_units);
+    const int req = int(u32(pm_block()) / blocks);
+    const u32 turn0 = (u32(pm_block()) - u32(req) * blocks) * u32(p.combine_units);
+    const u32 turn_end = turns - turn0 < u32(p.combine_units) ? turns : turn0 + u32(p.combine_units);
+    // The plan is older than the kernel before this one, which waited for it.
+    const int first = p.num_splits[req], all = p.num_splits[req + 1] - first;
+    const int warp = pm_thread() / 32, lane = pm_thread() % 32;
+    const int way = warp % ways;
+    const i64 slot_bytes = piece_group_at(p, 1, 0, 0);
+    pm_grid_wait();
+    if (all <= 1) return;
+    const bool lost = i64(first) + all > p.slots;   // some splits had nowhere to go
+    const int n = lost ? 0 : all;
+
+#pragma unroll 1
+    for (u32 turn = turn0; turn < turn_end; ++turn) {
+        const int index = int(turn / u32(turns_a_group)), kv_head = index / groups, group = index - kv_head * groups;
+        const int chunk = int(turn - u32(index) * u32(turns_a_group)) * together + warp / ways;
+        const char* from = reinterpret_cast<const char*>(p.partial_out) + piece_group_at(p, lost ? 0 : first, kv_head, group) +
+                           chunk * PIECE_BYTES;
+        PieceShare share[MERGE_AT_ONCE];
+        // This way's splits from i on, below `end`.
+        auto load = [&](int i, int end) {
+#pragma unroll
+            for (int k = 0; k < MERGE_AT_ONCE; ++k, i += ways) {
+                if (i < end)
+                    share[k].load(from + i * slot_bytes, lane);
+                else
+                    share[k].clear();
+            }
+        };
+        load(way, pm_min(n, MERGE_ROUND));
+
+        const int my_row = group * PIECE_ROWS + warp;
+        const float* lse = p.partial_lse + partial_row(p, lost ? 0 : first, kv_head, my_row);
+        const i64 lse_stride = i64(p.h_kv) * rows;
+        float x[MERGE_ROUND / 32];
+        auto read = [&](int round) {
+#pragma unroll
+            for (int k = 0; k < MERGE_ROUND / 32; ++k) {
+                const int i = round + k * 32 + lane;
+                x[k] = i < n && my_row < rows ? lse[i * lse_stride] : -pm_inf();
+            }
+        };
+        float top = -pm_inf(), from_top = 0.0f, sum = 0.0f;
+#pragma unroll 1
+        for (int round = 0; round < n; round += MERGE_ROUND) {
+            read(round);
+            const float before = from_top;
+#pragma unroll
+            for (int k = 0; k < MERGE_ROUND / 32; ++k) top = pm_max(x[k], top);     // passes over NaN, which the sum does not
+#pragma unroll
+            for (int lanes = 1; lanes < 32; lanes *= 2) top = pm_max(pm_shfl_xor(top, lanes), top);
+            from_top = top == -pm_inf() ? 0.0f : top;
+            sum = round == 0 ? 0.0f : sum * pm_exp2(before - from_top);
+#pragma unroll
+            for (int k = 0; k < MERGE_ROUND / 32; ++k) sum += pm_exp2(x[k] - from_top);
+        }
+#pragma unroll
+        for (int lanes = 1; lanes < 32; lanes *= 2) sum += pm_shfl_xor(sum, lanes);
+        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        if (lane == 0 && my_row < rows && turn == u32(index) * u32(turns_a_group))
+            store_lse(p, req, Row(p, kv_head, my_row),
+                      lost ? pm_nan() : sum == 0.0f ? -pm_inf() : from_top + pm_log2(sum));
+
+        float acc[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) acc[e] = lost ? pm_nan() : 0.0f;
+#pragma unroll 1
+        for (int round = 0; round < n; round += MERGE_ROUND) {
+            const int end = pm_min(n - round, MERGE_ROUND);
+            if (n > MERGE_ROUND) read(round);
+#pragma unroll
+            for (int k = 0; k < MERGE_ROUND / 32; ++k)
+                if (k * 32 + lane < end) smem.weights[k * 32 + lane][warp] = pm_exp2(x[k] - from_top) * inverse;
+            pm_sync();
+#pragma unroll 1
+            for (int i0 = way; i0 < end; i0 += MERGE_AT_ONCE * ways) {
+                if (round + i0 > way) load(round + i0, round + end);
+#pragma unroll
+                for (int k = 0; k < MERGE_AT_ONCE; ++k) {
+                    const int i = i0 + k * ways;
+                    const float w = i < end ? smem.weights[i][lane / 4] : 0.0f;
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) acc[e] += w * share[k].value(e);
+                }
+            }
+            pm_sync();                  // the weights are read
+        }
+
+        if (ways > 1) {
+            smem.sums[warp][0][lane] = Floats4{{acc[0], acc[1], acc[2], acc[3]}};
+            smem.sums[warp][1][lane] = Floats4{{acc[4], acc[5], acc[6], acc[7]}};
+            pm_sync();
+            if (way == 0)
+#pragma unroll 1
+                for (int k = 1; k < ways; ++k) {
+                    const Floats4 a = smem.sums[warp + k][0][lane], b = smem.sums[warp + k][1][lane];
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        acc[e] += a.f[e];
+                        acc[4 + e] += b.f[e];
+                    }
+                }
+        }
+        const int row = group * PIECE_ROWS + lane / 4;
+        if (way == 0 && row < rows) {
+            u16* to = static_cast<u16*>(p.out) + out_offset(p, req, Row(p, kv_head, row));
+            const int col = chunk * PIECE_COLUMNS + lane % 4 * 2;
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+                const u32 word = Elem::pack(acc[2 * q], acc[2 * q + 1]);
+                if (p.flags & FLAG_OUT_VEC) {
+                    *reinterpret_cast<u32*>(to + col + q * 8) = word;
+                } else {
+                    to[i64(col + q * 8) * p.out_stride_d] = u16(word);
+                    to[i64(col + q * 8 + 1) * p.out_stride_d] = u16(word >> 16);
+                }
+            }
+        }
+        if (ways > 1 && turn + 1 < turn_end) pm_sync();     // the sums are read
+    }
+}
+
+}  // namespace polymla
