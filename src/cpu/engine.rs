@@ -172,6 +172,7 @@ impl Job<'_> {
         // SAFETY: worker < plan.workers, for each of which the workspace holds a scratch.
         let scratch = unsafe { self.scratch.add(worker * plan.scratch_bytes) };
         let mut blocks = [Block::NONE, Block::NONE];
+        let mut packed = None;
         loop {
             let n = self.next.fetch_add(1, Ordering::Relaxed);
             let (split, part) = (n / (heads * plan.tiles), n % (heads * plan.tiles));
@@ -188,10 +189,10 @@ impl Job<'_> {
             unsafe {
                 let mut tile = plan.sizes.lay(scratch, rows);
                 tile.bias = BIAS;
-                self.decode(&tile, &mut blocks, &tiled);
+                self.decode(&tile, &mut blocks, &tiled, &mut packed);
                 if !self.is_finite(&tile) {
                     tile.bias = 0.0;
-                    self.decode(&tile, &mut blocks, &tiled);
+                    self.decode(&tile, &mut blocks, &tiled, &mut packed);
                 }
                 self.finish(&tile, &tiled);
             }
@@ -224,8 +225,8 @@ impl Job<'_> {
         })
     }
 
-    /// Runs a tile over the tokens of its split.
-    unsafe fn decode(&self, tile: &Tile, blocks: &mut [Block; 2], tiled: &Tiled) {
+    /// Runs a tile over the tokens of its split. `packed` says which rows of which request the tile's Q holds.
+    unsafe fn decode(&self, tile: &Tile, blocks: &mut [Block; 2], tiled: &Tiled, packed: &mut Option<[usize; 3]>) {
         let (call, kernels) = (self.call, self.kernels);
         let rows = tile.panels * PANEL;
         // SAFETY: all arrays of the tile are as large as `Sizes` says; all tokens are below the request's length, and
@@ -245,8 +246,11 @@ impl Job<'_> {
             if begin >= end {
                 return;
             }
-            call.pack_query(tile, kernels.query_form, tiled.request, tiled.kv_head, tiled.first_row);
-            tile.zeros.write_bytes(0, tile.head_dim_k);
+            let rows = [tiled.request, tiled.kv_head, tiled.first_row];
+            if packed.replace(rows) != Some(rows) {
+                call.pack_query(tile, kernels.query_form, tiled.request, tiled.kv_head, tiled.first_row);
+                tile.zeros.write_bytes(0, tile.head_dim_k);
+            }
             let [block, next] = blocks;
             let find = |block: &mut Block, start: usize| match end.saturating_sub(start) {
                 0 => block.tokens = 0,
@@ -259,7 +263,7 @@ impl Job<'_> {
             for start in (begin..end).step_by(BLOCK_TOKENS) {
                 find(next, start + BLOCK_TOKENS);
                 let tokens = block.tokens;
-                (kernels.scores)(tile, block);
+                (kernels.scores)(tile, block, next);
                 let cut = start + tokens > all_see;
                 let masked = cut || tokens % 2 == 1;
                 if masked {

@@ -22,6 +22,7 @@ mod neon;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 mod simd;
+mod stage;
 mod tile;
 mod wide;
 #[cfg(target_arch = "x86_64")]

@@ -16,7 +16,7 @@ use std::mem::transmute;
 
 use crate::problem::BLOCK_TOKENS;
 
-use super::tile::{Ahead, Block, COLUMNS, Kernels, PANEL, QueryForm, Tile};
+use super::tile::{Block, COLUMNS, Kernels, PANEL, QueryForm, Tile};
 use super::wide::{self, Weights};
 use super::x86::Avx512;
 
@@ -102,7 +102,7 @@ fn transmute_copy<const N: usize>(from: [__m512; N]) -> [__m512bh; N] {
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn scores(tile: &Tile, block: &Block) {
+unsafe fn scores(tile: &Tile, block: &Block, _: &Block) {
     // SAFETY: only whole register tiles inside the tile; tokens are padded to a multiple of 16.
     unsafe {
         let mut panel = 0;
@@ -157,6 +157,44 @@ impl Weights<Avx512> for PairWeights {
 unsafe fn softmax(tile: &Tile, tokens: usize, scale: f32, masked: bool) {
     // SAFETY: the table's contract.
     unsafe { wide::softmax::<Avx512, PairWeights>(tile, tokens, scale, masked) }
+}
+
+/// The cache lines of the block that comes next, token by token. `accumulate` asks for some of them every few tokens:
+/// all at once they would keep the loads of its products waiting.
+struct Ahead<'a> {
+    next: &'a Block,
+    part: usize,
+    token: usize,
+    line: usize,
+}
+
+impl<'a> Ahead<'a> {
+    fn new(next: &'a Block) -> Self {
+        Ahead { next, part: 0, token: 0, line: 0 }
+    }
+
+    /// How many lines there are before the first is taken.
+    fn all(&self) -> usize {
+        self.next.tokens * (self.next.lines[0] + self.next.lines[1])
+    }
+}
+
+impl Iterator for Ahead<'_> {
+    type Item = *const u8;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<*const u8> {
+        if self.token >= self.next.tokens {
+            let second = self.part == 0 && self.next.tokens > 0 && self.next.lines[1] > 0;
+            (self.part, self.token) = if second { (1, 0) } else { return None };
+        }
+        let line = self.next.tokens_at[self.part][self.token].wrapping_add(64 * self.line);
+        self.line += 1;
+        if self.line == self.next.lines[self.part] {
+            (self.token, self.line) = (self.token + 1, 0);
+        }
+        Some(line)
+    }
 }
 
 /// Rows `row..row + MR` times a column panel of interleaved V.

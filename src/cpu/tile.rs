@@ -49,44 +49,6 @@ impl Block {
         Block { tokens_at: [[std::ptr::null(); BLOCK_TOKENS]; 2], columns: [0; 2], lines: [0; 2], tokens: 0 };
 }
 
-/// The cache lines of the block that comes next, token by token. `accumulate` asks for some of them every few tokens:
-/// all at once they would keep the loads of its products waiting.
-pub(super) struct Ahead<'a> {
-    next: &'a Block,
-    part: usize,
-    token: usize,
-    line: usize,
-}
-
-impl<'a> Ahead<'a> {
-    pub fn new(next: &'a Block) -> Self {
-        Ahead { next, part: 0, token: 0, line: 0 }
-    }
-
-    /// How many lines there are before the first is taken.
-    pub fn all(&self) -> usize {
-        self.next.tokens * (self.next.lines[0] + self.next.lines[1])
-    }
-}
-
-impl Iterator for Ahead<'_> {
-    type Item = *const u8;
-
-    #[inline(always)]
-    fn next(&mut self) -> Option<*const u8> {
-        if self.token >= self.next.tokens {
-            let second = self.part == 0 && self.next.tokens > 0 && self.next.lines[1] > 0;
-            (self.part, self.token) = if second { (1, 0) } else { return None };
-        }
-        let line = self.next.tokens_at[self.part][self.token].wrapping_add(64 * self.line);
-        self.line += 1;
-        if self.line == self.next.lines[self.part] {
-            (self.token, self.line) = (self.token + 1, 0);
-        }
-        Some(line)
-    }
-}
-
 /// The column panels of `columns` columns: first column and width.
 pub(super) fn panels(columns: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..columns).step_by(COLUMNS).map(move |c| (c, COLUMNS.min(columns - c)))
@@ -99,7 +61,7 @@ pub(super) struct Tile {
     pub q: *mut f32,
     /// Scores, then weights: [panels][64][16] f32, or [panels][32][16] bf16 pairs.
     pub s: *mut f32,
-    /// The staged column panel: [64 tokens][64] f32 of K or V, or [32][width] bf16 pairs of V.
+    /// The staged block: K [column panels][64 tokens][64] f32, or one column panel of V as bf16 pairs [32][width].
     pub kv: *mut f32,
     /// Output: [column panels][panels * 16][width] f32; a column panel is 64 wide, the last one may be narrower.
     pub o: *mut f32,
@@ -132,6 +94,12 @@ impl Tile {
     /// The column panels of the output: first column and width.
     pub fn column_panels(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
         panels(self.v_columns)
+    }
+
+    /// Token 0 of the staged column panel that begins at `column`, a multiple of 64; the next token's elements are 64
+    /// further.
+    pub fn k_panel(&self, column: usize) -> *mut f32 {
+        self.kv.wrapping_add(column * BLOCK_TOKENS)
     }
 
     /// Where the tile's own rows begin in column panel `column`.
@@ -177,7 +145,7 @@ impl Sizes {
         [
             rows.saturating_mul(self.head_dim_k),
             rows * BLOCK_TOKENS,
-            COLUMNS * BLOCK_TOKENS,
+            self.head_dim_k.div_ceil(COLUMNS).saturating_mul(COLUMNS * BLOCK_TOKENS),
             rows.saturating_mul(self.v_columns),
             rows,
             rows,
@@ -243,11 +211,12 @@ pub(super) enum QueryForm {
 /// [`Block`] describe them, and the steps before it.
 pub(super) struct Kernels {
     pub query_form: QueryForm,
-    pub scores: unsafe fn(&Tile, &Block),
+    /// `next` is the block that comes after this one, for prefetching; it has 0 tokens after the last.
+    pub scores: unsafe fn(&Tile, block: &Block, next: &Block),
     /// `scale` is softmax_scale * log2(e); weights are 2^((score - maximum) * scale + bias). With `masked`, row r sees `limit[r]` tokens.
     pub softmax: unsafe fn(&Tile, tokens: usize, scale: f32, masked: bool),
-    /// Rows `rows.0..rows.1`, the first `tokens` tokens of `block`. With `first`, O and alpha count as 0. May prefetch
-    /// the tokens of `next`, the block that comes after this one; it has 0 tokens after the last.
+    /// Rows `rows.0..rows.1`, the first `tokens` tokens of `block`. With `first`, O and alpha count as 0. `next` is
+    /// as above.
     pub accumulate: unsafe fn(&Tile, rows: (usize, usize), tokens: usize, first: bool, block: &Block, next: &Block),
     /// Writes row `row` of O, times `factor`, to [`Tile::row`].
     pub read_row: unsafe fn(&Tile, row: usize, factor: f32),

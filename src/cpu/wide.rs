@@ -1,95 +1,18 @@
 //! The f32 kernels: any element type, any instruction set.
 //!
-//! `stage` widens the block to f32 [64][k_stride] in the L2 (V is its first columns); the products broadcast one f32 of
-//! K, or of P, against vectors of 16 rows, or of 16 columns. Register tiles: `scores` MT tokens x NV vectors of rows,
-//! `accumulate` MR rows x NV vectors of columns; the sums stay in registers over the whole inner dimension. Every
-//! result is summed in the order of its inner index whatever the tile's shape, so bits do not depend on it.
+//! The block is widened to f32 column panel by column panel ([`super::stage`]; V is its first panels): while the
+//! products of one panel of K run, the next one is staged. The products broadcast one f32 of K, or of P, against vectors
+//! of 16 rows, or of 16 columns. Register tiles: `scores` MT tokens x NV vectors of rows, whose sums go through memory
+//! between panels, `accumulate` MR rows x NV vectors of columns. Every result is summed in the order of its inner index
+//! whatever the tile's shape, so bits do not depend on it.
 
 #![allow(clippy::needless_range_loop, reason = "register tiles are arrays indexed by row and column")]
-
-use std::ops::Range;
 
 use crate::problem::BLOCK_TOKENS;
 
 use super::simd::{Portable, Simd, exp2};
-use super::tile::{Ahead, Block, COLUMNS, Kernels, PANEL, QueryForm, TOKEN_GROUP, Tile, panels};
-
-/// Tokens that `accumulate` multiplies without a break.
-const STEP: usize = 8;
-
-/// Element types that `stage` widens.
-trait Widen {
-    const BYTES: usize;
-    unsafe fn load<S: Simd>(p: *const u8) -> S::V;
-}
-struct FromBf16;
-struct FromF16;
-struct FromF32;
-impl Widen for FromBf16 {
-    const BYTES: usize = 2;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
-        // SAFETY: the caller's contract is this function's.
-        unsafe { S::load_bf16(p.cast()) }
-    }
-}
-impl Widen for FromF16 {
-    const BYTES: usize = 2;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
-        // SAFETY: the caller's contract is this function's.
-        unsafe { S::load_f16(p.cast()) }
-    }
-}
-impl Widen for FromF32 {
-    const BYTES: usize = 4;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(p: *const u8) -> S::V {
-        // SAFETY: the caller's contract is this function's.
-        unsafe { S::load(p.cast()) }
-    }
-}
-
-/// Widens a column panel of `tokens`, which may be zeros that pad the block.
-#[inline(always)]
-unsafe fn stage<S: Simd, E: Widen>(tile: &Tile, block: &Block, (column, width): (usize, usize), tokens: Range<usize>) {
-    let mut begin = 0;
-    for (tokens_at, columns) in block.tokens_at.iter().zip(block.columns) {
-        // The columns that the panel and this part of a token share.
-        let (from, to) = (column.max(begin), (column + width).min(begin + columns));
-        if from < to {
-            let n = to - from;
-            for t in tokens.clone() {
-                // SAFETY: `columns` elements can be read at every token; the panel holds `width` of every token.
-                unsafe {
-                    let source = tokens_at[t].add((from - begin) * E::BYTES);
-                    let target = tile.kv.add(t * COLUMNS + from - column);
-                    // The usual width is known to the compiler, so that it unrolls.
-                    if n == COLUMNS { widen::<S, E>(target, source, COLUMNS) } else { widen::<S, E>(target, source, n) }
-                }
-            }
-        }
-        begin += columns;
-    }
-}
-
-/// Widens `n` elements.
-#[inline(always)]
-unsafe fn widen<S: Simd, E: Widen>(to: *mut f32, from: *const u8, n: usize) {
-    let whole = n / S::LANES * S::LANES;
-    // SAFETY: the caller's pointers hold n elements; what is left of a vector goes through buffers of a vector's size.
-    unsafe {
-        for c in (0..whole).step_by(S::LANES) {
-            S::store(to.add(c), E::load::<S>(from.add(c * E::BYTES)));
-        }
-        if whole < n {
-            let (mut rest, mut wide) = ([0u32; 16], [0.0f32; 16]);
-            std::ptr::copy_nonoverlapping(from.add(whole * E::BYTES), rest.as_mut_ptr().cast(), (n - whole) * E::BYTES);
-            S::store(wide.as_mut_ptr(), E::load::<S>(rest.as_ptr().cast()));
-            std::ptr::copy_nonoverlapping(wide.as_ptr(), to.add(whole), n - whole);
-        }
-    }
-}
+use super::stage::{FromBf16, FromF16, FromF32, Widen, first_panel, panel_behind, stage};
+use super::tile::{Block, COLUMNS, Kernels, PANEL, QueryForm, TOKEN_GROUP, Tile, panels};
 
 /// Adds the products of one column panel to a register tile of scores; the first panel's replace what is there.
 #[inline(always)]
@@ -108,7 +31,7 @@ unsafe fn scores_tile<S: Simd, const NV: usize, const MT: usize>(
             q[v] = tile.q.add((p * tile.head_dim_k + column) * PANEL + lane);
             s[v] = tile.s.add((p * BLOCK_TOKENS + token) * PANEL + lane);
         }
-        let k = tile.kv.add(token * COLUMNS);
+        let k = tile.k_panel(column).add(token * COLUMNS);
         let mut acc = [[S::splat(0.0); NV]; MT];
         if column > 0 {
             for t in 0..MT {
@@ -140,58 +63,48 @@ unsafe fn scores_tile<S: Simd, const NV: usize, const MT: usize>(
 /// All scores of a block, column panel by column panel. `NV` x `MT` is the register tile; what row panels it leaves
 /// over go through thinner ones.
 #[inline(always)]
-unsafe fn scores<S: Simd, E: Widen, const NV: usize, const MT: usize>(tile: &Tile, block: &Block) {
+unsafe fn scores<S: Simd, E: Widen, const NV: usize, const MT: usize>(tile: &Tile, block: &Block, next: &Block) {
     let wide = NV * S::LANES / PANEL;
     // SAFETY: only whole register tiles inside the tile; tokens are padded to a multiple of 16.
     unsafe {
-        stage::<S, E>(tile, block, first_panel(tile), 0..block.tokens.next_multiple_of(TOKEN_GROUP));
+        stage::<S, E>(tile, block, next, first_panel(tile), 0..block.tokens.next_multiple_of(TOKEN_GROUP));
         for columns in panels(tile.head_dim_k) {
             let mut panel = 0;
             while panel + wide <= tile.panels {
-                scores_strip::<S, E, NV, MT>(tile, block, columns, panel, wide);
+                scores_strip::<S, E, NV, MT>(tile, (block, next), columns, panel, wide);
                 panel += wide;
             }
             // Elsewhere NV vectors are one panel, and nothing is left.
             if S::LANES == PANEL {
                 while panel + 2 <= tile.panels {
-                    scores_strip::<S, E, 2, 8>(tile, block, columns, panel, 2);
+                    scores_strip::<S, E, 2, 8>(tile, (block, next), columns, panel, 2);
                     panel += 2;
                 }
                 if panel < tile.panels {
-                    scores_strip::<S, E, 1, 16>(tile, block, columns, panel, 1);
+                    scores_strip::<S, E, 1, 16>(tile, (block, next), columns, panel, 1);
                 }
             }
         }
     }
 }
 
-fn first_panel(tile: &Tile) -> (usize, usize) {
-    (0, COLUMNS.min(tile.head_dim_k))
-}
-
-/// The column panel behind `column` and `width`, if there is one before column `end`.
-fn panel_behind((column, width): (usize, usize), end: usize) -> Option<(usize, usize)> {
-    let next = column + width;
-    (next < end).then(|| (next, COLUMNS.min(end - next)))
-}
-
 /// The register tiles of all tokens and `count` row panels, which are `NV` vectors. The last strip of a column panel
-/// stages the next one over the tokens it has done, so that products run while those loads and stores are on their way.
+/// stages the next one between its tiles, so that products run while those loads and stores are on their way.
 #[inline(always)]
 unsafe fn scores_strip<S: Simd, E: Widen, const NV: usize, const MT: usize>(
     tile: &Tile,
-    block: &Block,
+    (block, next): (&Block, &Block),
     columns: (usize, usize),
     panel: usize,
     count: usize,
 ) {
-    let next = panel_behind(columns, tile.head_dim_k).filter(|_| panel + count == tile.panels);
+    let behind = panel_behind(columns, tile.head_dim_k).filter(|_| panel + count == tile.panels);
     for token in (0..block.tokens).step_by(MT) {
         // SAFETY: the caller's contract is this function's.
         unsafe {
             scores_tile::<S, NV, MT>(tile, columns, panel, token);
-            if let Some(next) = next {
-                stage::<S, E>(tile, block, next, token..token + MT);
+            if let Some(behind) = behind {
+                stage::<S, E>(tile, block, next, behind, token..token + MT);
             }
         }
     }
@@ -288,31 +201,21 @@ unsafe fn softmax_rows<S: Simd, W: Weights<S>, const MASKED: bool>(
     }
 }
 
-/// What `accumulate` does between products.
-struct Meanwhile<'a> {
-    block: &'a Block,
-    /// The column panel that is staged over the one in use, once its last register tile is at work.
-    next: Option<(usize, usize)>,
-    /// Lines of the block that comes next, and how many of them to ask for every [`STEP`] tokens.
-    ahead: Ahead<'a>,
-    lines: usize,
-}
-
-/// Rows `row..row + MR` times `NV` vectors of columns, the staged panel's from `column` - `begin`.
+/// Rows `row..row + MR` times `NV` vectors of columns from `column`.
 #[inline(always)]
-unsafe fn accumulate_tile<S: Simd, E: Widen, const MR: usize, const NV: usize>(
+unsafe fn accumulate_tile<S: Simd, const MR: usize, const NV: usize>(
     tile: &Tile,
     row: usize,
-    (begin, column): (usize, usize),
+    column: usize,
     tokens: usize,
     first: bool,
-    meanwhile: &mut Meanwhile<'_>,
 ) {
-    // SAFETY: rows row..row + MR are inside the tile and one row panel, NV vectors from `column` in this column panel.
+    // SAFETY: rows row..row + MR are inside the tile and one row panel, NV vectors from `column` in one column panel.
     unsafe {
+        let begin = column / COLUMNS * COLUMNS;
         let width = COLUMNS.min(tile.v_columns - begin);
         let o = tile.o_panel(begin).add(row * width + column - begin);
-        let v = tile.kv.add(column - begin);
+        let v = tile.k_panel(begin).add(column - begin);
         let p = tile.weights_of(row);
         let mut acc = [[S::splat(0.0); NV]; MR];
         if !first {
@@ -323,23 +226,16 @@ unsafe fn accumulate_tile<S: Simd, E: Widen, const MR: usize, const NV: usize>(
                 }
             }
         }
-        for step in (0..tokens).step_by(STEP) {
-            let tokens = step..tokens.min(step + STEP);
-            meanwhile.ahead.by_ref().take(meanwhile.lines).for_each(|line| S::prefetch(line));
-            for t in tokens.clone() {
-                let mut vv = [S::splat(0.0); NV];
-                for j in 0..NV {
-                    vv[j] = S::load(v.add(t * COLUMNS + j * S::LANES));
-                }
-                for r in 0..MR {
-                    let weight = S::splat(*p.add(t * PANEL + r));
-                    for j in 0..NV {
-                        acc[r][j] = S::fma(weight, vv[j], acc[r][j]);
-                    }
-                }
+        for t in 0..tokens {
+            let mut vv = [S::splat(0.0); NV];
+            for j in 0..NV {
+                vv[j] = S::load(v.add(t * COLUMNS + j * S::LANES));
             }
-            if let Some(next) = meanwhile.next {
-                stage::<S, E>(tile, meanwhile.block, next, tokens);
+            for r in 0..MR {
+                let weight = S::splat(*p.add(t * PANEL + r));
+                for j in 0..NV {
+                    acc[r][j] = S::fma(weight, vv[j], acc[r][j]);
+                }
             }
         }
         for r in 0..MR {
@@ -352,45 +248,31 @@ unsafe fn accumulate_tile<S: Simd, E: Widen, const MR: usize, const NV: usize>(
 
 /// `NV` vectors are 64 columns, or 16; `MR` rows of a panel at once, the rest one by one.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, E: Widen, const MR: usize, const NV: usize>(
+unsafe fn accumulate<S: Simd, const MR: usize, const NV: usize>(
     tile: &Tile,
     rows: (usize, usize),
     tokens: usize,
     first: bool,
-    block: &Block,
-    next: &Block,
 ) {
-    let ahead = Ahead::new(next);
-    let steps = tile.v_columns.div_ceil(NV * S::LANES) * (rows.1 - rows.0).div_ceil(MR) * tokens.div_ceil(STEP);
-    let lines = ahead.all().div_ceil(steps.max(1));
-    let mut meanwhile = Meanwhile { block, next: None, ahead, lines };
+    let mut column = 0;
     // SAFETY: only whole register tiles inside the tile. Columns from head_dim_v to v_columns are what they happen to
     // be: nobody reads their results.
     unsafe {
-        stage::<S, E>(tile, block, first_panel(tile), 0..tokens);
-        for (begin, width) in tile.column_panels() {
-            let behind = panel_behind((begin, width), tile.v_columns.min(tile.head_dim_k));
-            let mut column = begin;
-            while column < begin + width {
-                let vectors = if NV * S::LANES <= begin + width - column { NV } else { 1 };
-                let mut row = rows.0;
-                while row < rows.1 {
-                    let many = row.is_multiple_of(MR) && rows.1 - row >= MR;
-                    let end = row + if many { MR } else { 1 };
-                    let last = end == rows.1 && column + vectors * S::LANES == begin + width;
-                    meanwhile.next = behind.filter(|_| last);
-                    let (at, then) = ((begin, column), &mut meanwhile);
-                    match (vectors == NV, many) {
-                        (true, true) => accumulate_tile::<S, E, MR, NV>(tile, row, at, tokens, first, then),
-                        (true, false) => accumulate_tile::<S, E, 1, NV>(tile, row, at, tokens, first, then),
-                        // Reached with AVX-512 only: elsewhere NV vectors are 16 columns.
-                        (false, true) => accumulate_tile::<S, E, MR, 1>(tile, row, at, tokens, first, then),
-                        (false, false) => accumulate_tile::<S, E, 1, 1>(tile, row, at, tokens, first, then),
-                    }
-                    row = end;
+        while column < tile.v_columns {
+            let wide = NV * S::LANES <= tile.v_columns - column;
+            let mut row = rows.0;
+            while row < rows.1 {
+                let many = row.is_multiple_of(MR) && rows.1 - row >= MR;
+                match (wide, many) {
+                    (true, true) => accumulate_tile::<S, MR, NV>(tile, row, column, tokens, first),
+                    (true, false) => accumulate_tile::<S, 1, NV>(tile, row, column, tokens, first),
+                    // Reached with AVX-512 only: elsewhere NV vectors are 16 columns.
+                    (false, true) => accumulate_tile::<S, MR, 1>(tile, row, column, tokens, first),
+                    (false, false) => accumulate_tile::<S, 1, 1>(tile, row, column, tokens, first),
                 }
-                column += vectors * S::LANES;
+                row += if many { MR } else { 1 };
             }
+            column += if wide { NV * S::LANES } else { S::LANES };
         }
     }
 }
@@ -415,21 +297,14 @@ macro_rules! wide_kernels {
             use super::*;
 
             $(#[target_feature(enable = $feature)])?
-            unsafe fn scores<E: Widen>(tile: &Tile, block: &Block) {
+            unsafe fn scores<E: Widen>(tile: &Tile, block: &Block, next: &Block) {
                 // SAFETY: features as above; the rest is the table's contract. So for all that follow.
-                unsafe { super::scores::<$simd, E, $sv, $st>(tile, block) }
+                unsafe { super::scores::<$simd, E, $sv, $st>(tile, block, next) }
             }
             $(#[target_feature(enable = $feature)])?
-            unsafe fn accumulate<E: Widen>(
-                tile: &Tile,
-                rows: (usize, usize),
-                tokens: usize,
-                first: bool,
-                block: &Block,
-                next: &Block,
-            ) {
+            unsafe fn accumulate(tile: &Tile, rows: (usize, usize), tokens: usize, first: bool, _: &Block, _: &Block) {
                 // SAFETY: see above.
-                unsafe { super::accumulate::<$simd, E, $ar, $av>(tile, rows, tokens, first, block, next) }
+                unsafe { super::accumulate::<$simd, $ar, $av>(tile, rows, tokens, first) }
             }
             $(#[target_feature(enable = $feature)])?
             unsafe fn softmax(tile: &Tile, tokens: usize, scale: f32, masked: bool) {
@@ -443,7 +318,7 @@ macro_rules! wide_kernels {
             }
 
             const fn of<E: Widen>() -> Kernels {
-                Kernels { query_form: QueryForm::F32, scores: scores::<E>, softmax, accumulate: accumulate::<E>, read_row }
+                Kernels { query_form: QueryForm::F32, scores: scores::<E>, softmax, accumulate, read_row }
             }
             pub static BF16: Kernels = of::<FromBf16>();
             pub static F16: Kernels = of::<FromF16>();
