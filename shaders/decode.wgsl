@@ -28,6 +28,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(7) var<storage, read_write> workspace: array<f32>;
 
 const LOWEST: f32 = -3.0e38;            // the maximum of no scores; finite, so that differences are defined
+const UNFIT: f32 = 3.0e38;               // the maximum of a split whose numbers do not fit matrices: range.wgsl
 const MAX_BLOCKS: u32 = 0x1ffffffu;     // of a request: its tokens are counted in 31 bits
 const NOWHERE: u32 = 0xffffffffu;       // the offset of what is not to be read
 
@@ -49,6 +50,20 @@ fn store_sums(partial_row: u32, top: f32, sum: f32, lse_sum: f32) {
 //#include "matrix.wgsl"
 //#else
 //#include "vector.wgsl"
+//#endif
+
+//#if REMAINS
+// After matrix.wgsl, with the same plan and partial results: whether it gave up a split.
+var<workgroup> given_up: array<u32, 4>;
+fn remains(partial_row: u32, thread: u32) -> bool {
+    workgroupBarrier();
+    if thread == 0u {
+        given_up[0] = u32(workspace[params.sums_at + partial_row * SUMS] == UNFIT);
+    }
+    return workgroupUniformLoad(&given_up[0]) != 0u;
+}
+//#else
+fn remains(partial_row: u32, thread: u32) -> bool { return true; }
 //#endif
 
 // Where the tile's query rows of a request are, and how many keys each sees; the largest of these.
@@ -102,8 +117,11 @@ fn decode(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_ind
         let size = select(params.split_blocks, MAX_BLOCKS, params.split_blocks == 0u);
         while slot < end_slot {
             let end = block + min(size, max(end_block, block) - block);
-            decode_split(request, min(block * BLOCK_TOKENS, last), min(end * BLOCK_TOKENS, last),
-                         (slot - first_slot) * params.windows + params.window, tile, group.z, thread);
+            let result = (slot - first_slot) * params.windows + params.window;
+            if remains((result * params.row_tiles + tile - params.first_row_tile) * ROWS, thread) {
+                decode_split(request, min(block * BLOCK_TOKENS, last), min(end * BLOCK_TOKENS, last), result, tile, group.z,
+                             thread);
+            }
             block = end;
             slot += 1u;
             if params.split_blocks == 0u || (ends_here && block >= end_block) {

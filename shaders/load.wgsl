@@ -10,9 +10,18 @@
 @group(0) @binding(3) var<storage, read> ckv: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> kpe: array<vec4<u32>>;
 
-// Both elements of a word, for matrices, which are of f16.
-fn halves(word: u32) -> vec2<f16> {
-    return vec2<f16>(unpack2x16float(word));
+// Both elements of a word.
+fn both(word: u32) -> vec2<f32> {
+//#if BF16
+    return vec2<f32>(bitcast<f32>(word << 16u), bitcast<f32>(word & 0xffff0000u));
+//#else
+    return unpack2x16float(word);
+//#endif
+}
+
+// The same for matrices, which are of f16: eight elements. Of bf16 see range.wgsl.
+fn halves(v: vec4<u32>) -> array<vec4<f16>, 2> {
+    return array<vec4<f16>, 2>(vec4<f16>(vec4<f32>(both(v.x), both(v.y))), vec4<f16>(vec4<f32>(both(v.z), both(v.w))));
 }
 //#elif F32
 @group(0) @binding(1) var<storage, read> q_nope: array<f32>;

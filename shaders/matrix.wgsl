@@ -7,14 +7,15 @@
 //             1. keys -> shared memory; where the next step's keys are
 //             2. scores: a subgroup multiplies 16 rows with 16 tokens (32 tokens where ROWS is 64) over its share of
 //                head_dim_k's columns and leaves the sums in shared memory
-//             3. where ROWS leaves registers for them (16, 32), the next step's keys are asked for
+//             3. the next step's keys are asked for, where ROWS leaves registers for them (16, 32); with 64, one word
+//                of every 32 bytes is, after step 4, so that they are in the processor's cache when they are loaded
 //             4. softmax: the shares added up; weights, as f16, to shared memory, beside the keys
 //             5. out += weights x V: every subgroup has 64 columns of all rows in matrices
-// Softmax   Matrices cannot be scaled row by row where they are. Weights are therefore relative to a reference that
-//           follows the maximum only when that has risen by more than 2^8; then, rarely, matrices go through shared
-//           memory. Weights up to 2^8 are as precise in f16 as those up to 1.
-// Needs     what the host checks: f16; no more columns than below, in multiples of 8; rows of tensors that begin at
-//           multiples of 8 elements.
+// Softmax   Matrices cannot be scaled row by row where they are. Weights are therefore relative to a reference that is
+//           2^6 below the maximum and follows only when that has risen by more than 2^8; then, rarely, matrices go
+//           through shared memory. Weights from 2^-14 to 2^14 have all bits in f16.
+// Needs     what the host checks: f16, or bf16 as range.wgsl has it; no more columns than below, in multiples of 8; rows
+//           of tensors that begin at multiples of 8 elements.
 
 const SUBGROUP_COUNT: u32 = 8;
 const THREADS: u32 = SUBGROUP_COUNT * 32u;
@@ -34,7 +35,8 @@ const SUBGROUP_TOKENS: u32 = TOKENS / SUBGROUP_COUNT;   // that a subgroup copie
 const VECTORS: u32 = K_COLUMNS / 8u;            // of 16 bytes, a token
 const LANES: u32 = min(THREADS / ROWS, 8u);     // invocations that share a row's scores, of one subgroup anywhere
 const TOKENS_PER_LANE: u32 = TOKENS / LANES;
-const MAX_RISE: f32 = 8.0;
+const HEADROOM: f32 = 6.0;
+const MOST: f32 = 14.0;
 
 // Which 16 rows, which 16 tokens and which share of the columns a subgroup multiplies for scores.
 //#if ROWS_64
@@ -65,6 +67,9 @@ var<workgroup> kpe_tokens: array<u32, 64>;
 var<workgroup> present: array<u32, 64>;
 
 //#include "multiply.wgsl"
+//#if BF16
+//#include "range.wgsl"
+//#endif
 
 // The page of a token, in this window or beyond.
 fn page_of(table_row: u32, token: u32) -> u32 {
@@ -111,22 +116,28 @@ fn vector_of(n: u32, subgroup: u32, invocation: u32) -> Vector {
 //#endif
 }
 
+// Whether load `n` is of V.
+fn in_v(n: u32, place: Vector) -> bool {
+//#if !FULL
+    return place.vector * 8u < params.head_dim_v;
+//#elif EMULATED
+    return place.vector < COLUMNS / 8u;
+//#else
+    return n < SUBGROUP_TOKENS * 2u;
+//#endif
+}
+
 // 16 bytes of a key, or of a query row; beyond head_dim_k 0.
 fn key_vector(n: u32, half: u32, place: Vector) -> vec4<u32> {
     let slot = half + place.token;
 //#if FULL
-//#if EMULATED
-    let in_v = place.vector < COLUMNS / 8u;
-//#else
-    let in_v = n < SUBGROUP_TOKENS * 2u;
-//#endif
-    if in_v {
+    if in_v(n, place) {
         return ckv[ckv_tokens[slot] + place.vector];
     }
     return kpe[kpe_tokens[slot] + place.vector - COLUMNS / 8u];
 //#else
     let column = place.vector * 8u;
-    if column < params.head_dim_v {
+    if in_v(n, place) {
         return ckv[ckv_tokens[slot] + place.vector];
     }
     if column < params.head_dim_k {
@@ -146,14 +157,37 @@ fn query_vector(row: u32, vector: u32) -> vec4<u32> {
     }
     return q_pe[(q_pe_rows[row] + column - params.head_dim_v) / 8u];
 }
-fn store_vector(row: u32, vector: u32, v: vec4<u32>) {
+fn store_vector(row: u32, vector: u32, v: array<vec4<f16>, 2>) {
     let at = row * (PITCH / 4u) + vector * 2u;
-    keys[at] = vec4<f16>(halves(v.x), halves(v.y));
-    keys[at + 1u] = vec4<f16>(halves(v.z), halves(v.w));
+    keys[at] = v[0];
+    keys[at + 1u] = v[1];
 }
-fn store_key(half: u32, place: Vector, v: vec4<u32>) {
-    store_vector(place.token, place.vector, v & vec4<u32>(present[half + place.token]));
+fn store_key(half: u32, n: u32, place: Vector, v: vec4<u32>) {
+    let read = v & vec4<u32>(present[half + place.token]);
+    let converted = halves(read);
+//#if BF16
+    note_range(read, converted, in_v(n, place));
+//#endif
+    store_vector(place.token, place.vector, converted);
 }
+
+//#if TOUCH
+// A word of 32 bytes `i` of the keys: what a cache loads at once.
+fn touch(half: u32, i: u32) -> u32 {
+    let token = i / (VECTORS / 2u);
+    let vector = i % (VECTORS / 2u) * 2u;
+    if token >= TOKENS {
+        return 0u;
+    }
+    if vector * 8u < params.head_dim_v {
+        return ckv[ckv_tokens[half + token] + vector].x;
+    }
+    if vector * 8u < params.head_dim_k {
+        return kpe[kpe_tokens[half + token] + vector - params.head_dim_v / 8u].x;
+    }
+    return 0u;
+}
+//#endif
 
 // The sum of `value`, or its maximum, over the lanes of a row, which are neighbours.
 fn row_sum(value: f32) -> f32 {
@@ -188,6 +222,13 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     let token_tile = subgroup / ROW_TILES % TOKENS_APART;
     let share = subgroup / (ROW_TILES * TOKENS_APART);
 
+//#if BF16
+    let query_scale = measure_queries(row, lane, has_row, thread);
+    let scale_log2 = params.scale_log2 / query_scale;
+//#else
+    let scale_log2 = params.scale_log2;
+//#endif
+
     // Queries, by way of the memory that keys will have: 32 rows at a time.
 //#for q QUERY_TILES
     var q_$q: MatrixA;
@@ -195,7 +236,12 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     for (var first = 0u; first < ROWS; first += 32u) {
         workgroupBarrier();
         for (var n = thread; n < min(ROWS, 32u) * VECTORS; n += THREADS) {
-            store_vector(n / VECTORS, n % VECTORS, query_vector(first + n / VECTORS, n % VECTORS));
+            let v = query_vector(first + n / VECTORS, n % VECTORS);
+//#if BF16
+            store_vector(n / VECTORS, n % VECTORS, scaled_halves(v, query_scale));
+//#else
+            store_vector(n / VECTORS, n % VECTORS, halves(v));
+//#endif
         }
         workgroupBarrier();
         if row_tile / 2u == first / 32u {
@@ -242,13 +288,16 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     var next_$n = key_vector($nu, here, place_$n);
 //#endfor
 //#endif
+//#if TOUCH
+    var touched = 0u;
+//#endif
     while step < end {
         let step_after = seek(table_row, next_step + TOKENS, end);
         let there = TOKENS - here;
 //#if PREFETCH
         workgroupBarrier();             // the step before has been read
 //#for n LOADS
-        store_key(here, place_$n, next_$n);
+        store_key(here, $nu, place_$n, next_$n);
 //#endfor
 //#else
 //#for n LOADS
@@ -256,7 +305,7 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 //#endfor
         workgroupBarrier();             // the step before has been read
 //#for n LOADS
-        store_key(here, place_$n, next_$n);
+        store_key(here, $nu, place_$n, next_$n);
 //#endfor
 //#endif
         if thread < TOKENS {
@@ -313,7 +362,7 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
         for (var s = 1u; s < STORED_SHARES; s += 1u) {
             score_at_$i += shares[((s * ROWS + row) * SHARE_PITCH + first_token) / 4u + $iu];
         }
-        score_at_$i *= params.scale_log2;
+        score_at_$i *= scale_log2;
         let token_$i = step + first_token + $iu * 4u + vec4<u32>(0u, 1u, 2u, 3u);
         let slot_$i = here + first_token + $iu * 4u;
         let there_$i = vec4<u32>(present[slot_$i], present[slot_$i + 1u], present[slot_$i + 2u], present[slot_$i + 3u]);
@@ -323,12 +372,12 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 //#endfor
         highest = row_max(highest);
         var factor = 1.0;
-        if highest > top + MAX_RISE || (top == LOWEST && highest > LOWEST) {
-            factor = exp2(top - highest);
+        if highest > top + MOST || (top == LOWEST && highest > LOWEST) {
+            factor = exp2(top - (highest - HEADROOM));
             if top != LOWEST && has_row {
                 risen[0] = step + 1u;   // several may write: the same number
             }
-            top = highest;
+            top = highest - HEADROOM;
             sum *= factor;
             lse_sum *= factor;
         }
@@ -363,6 +412,12 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 //#endfor
         }
 
+//#if TOUCH
+//#for n TOUCHES
+        let touch_$n = touch(there, $nu * THREADS + thread);
+//#endfor
+//#endif
+
         // Weights x V, 16 tokens at a time.
 //#for g 2
 //#for m MATRIX_ROWS
@@ -375,16 +430,30 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 //#endfor
 //#endfor
 //#endfor
+//#if TOUCH
+//#for n TOUCHES
+        touched ^= touch_$n;
+//#endfor
+//#endif
         step = next_step;
         next_step = step_after;
         here = there;
     }
 
+//#if TOUCH
+    if touched == 1u && params.zero != 0u {
+        workspace[0] = 0.0;             // never; without a use there would be no loads
+    }
+//#endif
     let partial_row = slot * params.row_tiles * ROWS + (tile - params.first_row_tile) * ROWS;
     let all = row_sum(sum);
     let lse_all = row_sum(lse_sum);
+    var shifted = select(top + WEIGHT_SHIFT, LOWEST, top == LOWEST);
+//#if BF16
+    shifted = select(UNFIT, shifted, range_fits(thread));
+//#endif
     if has_row && lane == 0u {
-        store_sums(partial_row + row, select(top + WEIGHT_SHIFT, LOWEST, top == LOWEST), all, lse_all);
+        store_sums(partial_row + row, shifted, all, lse_all);
     }
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS

@@ -21,7 +21,7 @@ var<private> copies: array<f32, 768>;           // 8 rows x 16 columns for each 
 
 fn key(i: u32) -> f32 { return f32(keys[i / 4u][i % 4u]); }
 fn load_queries(at: u32, q: u32) -> MatrixA {
-    for (var i = params.padding_1; i < 128u; i += 1u) {
+    for (var i = params.zero; i < 128u; i += 1u) {
         copies[q * 128u + i] = key(at + (invocation / 16u + i / 16u * 2u) * PITCH + i % 16u);
     }
     return InMemory(q * 128u, 16u, 1u, true);
@@ -31,8 +31,8 @@ fn load_keys(at: u32) -> MatrixB { return InMemory(at, 1u, PITCH, false); }
 fn load_values(at: u32) -> MatrixB { return InMemory(at, PITCH, 1u, false); }
 fn multiply_add(a: MatrixA, b: MatrixB, c: MatrixC) -> MatrixC {
     var sum = c;
-    for (var e = params.padding_1; e < 8u; e += 1u) {
-        for (var k = params.padding_1; k < 16u; k += 1u) {
+    for (var e = params.zero; e < 8u; e += 1u) {
+        for (var k = params.zero; k < 16u; k += 1u) {
             var x: f32;
             if a.copied {
                 x = copies[a.at + e * a.row_pitch + k];

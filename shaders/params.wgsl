@@ -45,8 +45,8 @@ struct Params {
     visible_lengths: vec2<u32>, // request
     cache_seqlens: u32,
     out_column: u32,            // stride of the last dimension of out
-    padding_0: u32,
-    padding_1: u32,
+    subtiles: u32,              // row tiles of this kernel in one of the kernel that partial results are laid out for
+    zero: u32,                  // 0, which a compiler cannot know
 }
 
 const MASK_CAUSAL: u32 = 1;
@@ -94,7 +94,8 @@ struct Row {
 
 fn row_of(tile: u32, row: u32) -> Row {
     let rows_per_kv = params.s_q * params.heads_per_kv;
-    let tiles_per_kv = (rows_per_kv + ROWS - 1u) / ROWS;
+    let rows_together = ROWS * params.subtiles;
+    let tiles_per_kv = (rows_per_kv + rows_together - 1u) / rows_together * params.subtiles;
     let kv_head = tile / tiles_per_kv;
     let r = tile % tiles_per_kv * ROWS + row;
     return Row(r < rows_per_kv, kv_head, r / params.heads_per_kv,

@@ -12,10 +12,10 @@
 
 // Constants that WGSL does not let a program write down: they pass through memory that a compiler cannot see through.
 fn nan_bits() -> u32 {
-    return 0x7fc00000u | (params.padding_0 & 1u);
+    return 0x7fc00000u | (params.zero & 1u);
 }
 fn infinity_bits() -> u32 {
-    return 0x7f800000u | (params.padding_0 & 0u);
+    return 0x7f800000u | (params.zero & 0u);
 }
 
 // The bits of x * 2^-WEIGHT_SHIFT as an f32, subnormal ones too, which arithmetic might flush to zero.

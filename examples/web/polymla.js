@@ -73,6 +73,7 @@ function paramsOf(call, numParts, overheadBlocks, at) {
     0, maxPages, // block_table
     0, 0, // visible_lengths
     0, 1, // cache_seqlens, out_column
+    1, 0, // subtiles, zero
   ]);
   f32[17] = call.scale * Math.LOG2E;
   return { bytes, tiles };

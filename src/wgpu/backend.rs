@@ -8,7 +8,7 @@ use super::memory::{self, WgpuBuffer};
 use super::pipelines::{Pipeline, Pipelines};
 use super::plan::WgpuSchedule;
 use super::run::{self, Kernels, Scratch};
-use super::shaders::{Kernel, Path};
+use super::shaders::{Build, Kernel, Path};
 use super::timing::Clock;
 use super::{NAME, PATH_VARIABLE, WORKGROUPS_VARIABLE, chunks, refusal, supports};
 use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
@@ -29,6 +29,14 @@ fn suits_matrices(p: &Problem, path: Path) -> bool {
         && p.head_dim_v() <= most_v
         && p.head_dim_k().is_multiple_of(8)
         && p.head_dim_v().is_multiple_of(16)
+}
+
+/// The path of a problem that matrices would be for, but for its sizes or strides.
+fn without_matrices(problem: &Problem) -> Path {
+    match problem.dtype() {
+        DType::F16 => Path::NativeF16,
+        _ => Path::Subgroups,
+    }
 }
 
 /// MLA decoding by WGSL kernels.
@@ -197,8 +205,16 @@ impl WgpuBackend {
         match wanted {
             _ if !wanted.takes(problem.dtype()) && self.has(Path::Subgroups) => Path::Subgroups,
             _ if !wanted.takes(problem.dtype()) => Path::Plain,
-            _ if wanted.is_matrix() && !suits_matrices(problem, wanted) => Path::NativeF16,
+            _ if wanted.is_matrix() && !suits_matrices(problem, wanted) => without_matrices(problem),
             _ => wanted,
+        }
+    }
+
+    /// The path of a call: `path`, or one without matrices where the tensors' rows begin anywhere.
+    fn path_of_call(&self, problem: &Problem, inputs: &Inputs<'_>) -> Path {
+        match self.path(problem) {
+            path if path.is_matrix() && !run::rows_suit_matrices(inputs) => without_matrices(problem),
+            path => path,
         }
     }
 
@@ -223,7 +239,15 @@ impl WgpuBackend {
             Kernel::Combine | Kernel::Decode => (path, problem.dtype()),
         };
         let full = kernel == Kernel::Decode && path.is_full(problem.head_dim_k(), problem.head_dim_v());
-        self.pipelines.get(&self.context, (kernel, path, dtype, full))
+        self.pipelines.get(&self.context, (kernel, path, dtype, if full { Build::Full } else { Build::Any }))
+    }
+
+    /// The kernel for splits whose numbers do not fit matrices of f16: for bf16 only.
+    fn remains(&self, path: Path, problem: &Problem) -> Result<Option<Arc<Pipeline>>> {
+        let bf16 = DType::Bf16;
+        let needed = path.is_matrix() && problem.dtype() == bf16;
+        let get = || self.pipelines.get(&self.context, (Kernel::Decode, Path::Subgroups, bf16, Build::Remains));
+        needed.then(get).transpose()
     }
 
     /// Waits for the device and copies a plan to the host: `tile_scheduler_metadata` and `num_splits`.
@@ -275,12 +299,12 @@ impl MlaBackend for WgpuBackend {
     ) -> Result<WgpuSchedule> {
         MlaBackend::supports(self, problem)?;
         inputs.validate(problem, self.info.device)?;
-        let path = self.path(problem);
+        let (path, of_call) = (self.path(problem), self.path_of_call(problem, inputs));
         // Kernels are compiled here, so that `run` finds them in place.
-        let otherwise = path.is_matrix() && !run::rows_suit_matrices(inputs);
         for kernel in [Kernel::Prepare, Kernel::Decode, Kernel::Combine] {
-            self.kernel(kernel, if otherwise { Path::NativeF16 } else { path }, problem)?;
+            self.kernel(kernel, of_call, problem)?;
         }
+        self.remains(of_call, problem)?;
         let rows_per_kv = problem.s_q() * problem.heads_per_kv();
         let row_tiles = (problem.h_kv() * rows_per_kv.div_ceil(path.rows())) as u64;
         let parts = self.default_parts(path, row_tiles, problem.head_dim_v().div_ceil(path.columns()));
@@ -336,15 +360,14 @@ impl MlaBackend for WgpuBackend {
         if problem.rows() == 0 {
             return Ok(());
         }
-        let mut path = self.path(problem);
-        if path.is_matrix() && !run::rows_suit_matrices(inputs) {
-            path = Path::NativeF16;
-        }
+        let path = self.path_of_call(problem, inputs);
+        let remains = self.remains(path, problem)?;
         let [prepare, decode, combine] = [Kernel::Prepare, Kernel::Decode, Kernel::Combine];
         let kernels = Kernels {
             prepare: &*self.kernel(prepare, path, problem)?,
             decode: &*self.kernel(decode, path, problem)?,
             combine: &*self.kernel(combine, path, problem)?,
+            remains: remains.as_deref().map(|kernel| (kernel, (path.rows() / Path::Subgroups.rows()) as u32)),
             columns: path.columns(),
         };
         let shape = schedule.sizes(problem, path.rows());

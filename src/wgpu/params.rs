@@ -38,7 +38,8 @@ pub(super) struct Params {
     pub(super) visible_lengths: [u32; 2],
     pub(super) cache_seqlens: u32,
     pub(super) out_column: u32,
-    pub(super) padding: [u32; 2],
+    pub(super) subtiles: u32,
+    pub(super) zero: u32,
 }
 
 /// Bytes from one `Params` to the next: what every adapter grants as alignment of uniform offsets.

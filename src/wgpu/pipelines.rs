@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::context::Context;
 use super::params::Params;
-use super::shaders::{Kernel, Path, source};
+use super::shaders::{Build, Kernel, Path, source};
 use crate::error::Result;
 use crate::tensor::DType;
 
@@ -15,8 +15,8 @@ pub(super) struct Pipeline {
     pub(super) layout: ::wgpu::BindGroupLayout,
 }
 
-/// What a kernel is compiled for: a path, an element type, and whether all columns of a matrix path are used.
-type Key = (Kernel, Path, DType, bool);
+/// What a kernel is compiled for.
+type Key = (Kernel, Path, DType, Build);
 
 /// The kernels compiled so far.
 #[derive(Default)]
@@ -40,7 +40,7 @@ impl Pipelines {
     }
 }
 
-fn compile(context: &Context, (kernel, path, dtype, full): Key) -> Result<Pipeline> {
+fn compile(context: &Context, (kernel, path, dtype, build): Key) -> Result<Pipeline> {
     let device = &context.device;
     let buffer = |binding: u32, ty, has_dynamic_offset, size| ::wgpu::BindGroupLayoutEntry {
         binding,
@@ -59,7 +59,7 @@ fn compile(context: &Context, (kernel, path, dtype, full): Key) -> Result<Pipeli
             element,
         ));
     }
-    let text = source(kernel, path, dtype, full);
+    let text = source(kernel, path, dtype, build);
     let label = Some(kernel.name());
     context.guarded("create_compute_pipeline", || {
         let layout = device.create_bind_group_layout(&::wgpu::BindGroupLayoutDescriptor { label, entries: &entries });

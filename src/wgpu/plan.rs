@@ -127,6 +127,7 @@ impl WgpuSchedule {
             },
             scale_log2: problem.softmax_scale() * std::f32::consts::LOG2_E,
             num_parts: self.num_parts as u32,
+            subtiles: 1,
             split_blocks: match self.policy {
                 SplitPolicy::Balanced { .. } => 0,
                 SplitPolicy::BatchInvariant { split_blocks } => split_blocks,

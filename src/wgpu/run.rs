@@ -12,6 +12,7 @@ use crate::problem::Problem;
 use crate::tensor::TensorView;
 
 /// What a kernel sees at a binding.
+#[derive(Clone)]
 pub(super) enum Binding<'a> {
     Whole(&'a ::wgpu::Buffer),
     Part(::wgpu::BufferBinding<'a>),
@@ -71,6 +72,8 @@ fn bind_group(context: &Context, uniforms: &::wgpu::Buffer, dispatch: &Dispatch<
 pub(super) struct Kernels<'a> {
     pub(super) prepare: &'a Pipeline,
     pub(super) decode: &'a Pipeline,
+    /// The kernel for what `decode` leaves, and how many of its row tiles are one of `decode`'s.
+    pub(super) remains: Option<(&'a Pipeline, u32)>,
     pub(super) combine: &'a Pipeline,
     /// Columns of V that one workgroup of decode has.
     pub(super) columns: usize,
@@ -203,6 +206,9 @@ pub(super) fn rows_suit_matrices(inputs: &Inputs<'_>) -> bool {
         offset.is_multiple_of(16) && strides.into_iter().all(|(n, stride)| *n <= 1 || stride.is_multiple_of(8))
     })
 }
+
+/// Fewer rows than this do not fill a device: two workgroups merge a row.
+const FEW_ROWS: u64 = 1024;
 
 /// Room that a binding needs beyond its tensor: it begins at a multiple of the alignment and ends with a whole word.
 fn slack(align: u64) -> u64 {
@@ -347,7 +353,7 @@ impl<'a> Call<'a> {
             let [q_nope, q_pe] = self.parts(p.q_nope, p.q_pe, first_request, requests);
             let [ckv, kpe] = self.parts(p.ckv, p.kpe, first_page, pages);
             let (table, ..) = self.part(p.block_table, first_request, requests);
-            dispatches.push(Dispatch {
+            let decode = Dispatch {
                 pipeline: self.kernels.decode,
                 bindings: vec![q_nope.0, q_pe.0, ckv.0, kpe.0, table, plan(), self.workspace(layout.words)],
                 params: Params {
@@ -359,13 +365,27 @@ impl<'a> Call<'a> {
                     ..params
                 },
                 groups: [chunk.row_tiles as u32, self.schedule.num_parts() as u32, slices],
+            };
+            let remains = self.kernels.remains.map(|(pipeline, subtiles)| Dispatch {
+                pipeline,
+                bindings: decode.bindings.clone(),
+                params: Params {
+                    subtiles,
+                    first_row_tile: decode.params.first_row_tile * subtiles,
+                    row_tiles: decode.params.row_tiles * subtiles,
+                    ..decode.params
+                },
+                groups: [chunk.row_tiles as u32 * subtiles, self.schedule.num_parts() as u32, slices],
             });
+            dispatches.push(decode);
+            dispatches.extend(remains);
         }
+        let rows = chunk.row_tiles * self.shape.rows;
         dispatches.push(Dispatch {
             pipeline: self.kernels.combine,
             bindings: vec![plan(), self.workspace(layout.words), out, lse],
             params,
-            groups: [(chunk.row_tiles * self.shape.rows) as u32, requests as u32, 1],
+            groups: [rows as u32, requests as u32, if rows * requests < FEW_ROWS { 2 } else { 1 }],
         });
     }
 }

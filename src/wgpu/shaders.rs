@@ -17,6 +17,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("decode.wgsl", include_str!("../../shaders/decode.wgsl")),
     ("vector.wgsl", include_str!("../../shaders/vector.wgsl")),
     ("matrix.wgsl", include_str!("../../shaders/matrix.wgsl")),
+    ("range.wgsl", include_str!("../../shaders/range.wgsl")),
     ("multiply.wgsl", include_str!("../../shaders/multiply.wgsl")),
     ("combine.wgsl", include_str!("../../shaders/combine.wgsl")),
 ];
@@ -103,7 +104,8 @@ impl Path {
     pub fn takes(self, dtype: DType) -> bool {
         match self {
             Path::Plain | Path::Subgroups => dtype != DType::I32,
-            _ => dtype == DType::F16,
+            Path::NativeF16 => dtype == DType::F16,
+            _ => matches!(dtype, DType::F16 | DType::Bf16),
         }
     }
 
@@ -132,19 +134,20 @@ impl Path {
         }
     }
 
-    fn defines(self, full: bool) -> Vec<&'static str> {
+    fn defines(self, build: Build) -> Vec<&'static str> {
         let mut defines = match self {
             Path::Plain => return vec![],
+            Path::Subgroups if build == Build::Remains => return vec!["SUBGROUPS", "REMAINS"],
             Path::Subgroups => return vec!["SUBGROUPS"],
             Path::NativeF16 => return vec!["SUBGROUPS", "NATIVE_F16"],
             Path::Matrix16 | Path::EmulatedMatrix16 => vec!["PREFETCH"],
             Path::Matrix32 | Path::EmulatedMatrix32 => vec!["PREFETCH", "ROWS_32"],
             // All registers are for sums and queries.
-            Path::Matrix64 | Path::EmulatedMatrix64 => vec!["ROWS_64"],
+            Path::Matrix64 | Path::EmulatedMatrix64 => vec!["TOUCH", "ROWS_64"],
         };
         defines.extend(["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX"]);
         defines.extend(self.is_emulated().then_some("EMULATED"));
-        defines.extend(full.then_some("FULL"));
+        defines.extend((build == Build::Full).then_some("FULL"));
         defines
     }
 
@@ -192,13 +195,25 @@ impl Path {
             ("QUERY_TILES", k_columns / 16 / shares),
             ("SCORE_TILES", tokens / 16 / apart),
             ("LOADS", tokens * k_columns / 8 / (subgroups * 32)),
+            ("TOUCHES", (tokens * k_columns / 16).div_ceil(subgroups * 32)),
             ("LANE_VECTORS", tokens / (subgroups * 32 / rows).min(8) / 4),
         ]
     }
 }
 
-/// The WGSL of a kernel. `full` is of matrix paths: for problems that have as many columns as the path takes.
-pub fn source(kernel: Kernel, path: Path, dtype: DType, full: bool) -> String {
+/// What a kernel is built for, beside its path and element type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Build {
+    /// Any problem.
+    Any,
+    /// `Decode` by matrices: problems that have as many columns as the path takes need no test of each load.
+    Full,
+    /// `Decode` by [`Path::Subgroups`]: the splits that matrices left, since their numbers do not fit f16.
+    Remains,
+}
+
+/// The WGSL of a kernel.
+pub fn source(kernel: Kernel, path: Path, dtype: DType, build: Build) -> String {
     let element = match dtype {
         DType::Bf16 => "BF16",
         DType::F16 => "F16",
@@ -206,7 +221,7 @@ pub fn source(kernel: Kernel, path: Path, dtype: DType, full: bool) -> String {
         DType::I32 => "I32",
     };
     let template =
-        Template { defines: path.defines(full).into_iter().chain([element]).collect(), counts: path.counts() };
+        Template { defines: path.defines(build).into_iter().chain([element]).collect(), counts: path.counts() };
     let mut lines = Vec::new();
     template.include(&format!("{}.wgsl", kernel.name()), &mut lines);
     template.unroll(&lines)

@@ -5,9 +5,19 @@ mod device;
 mod limits;
 #[cfg(feature = "cli")]
 mod mutants;
+mod range;
 mod shaders;
 
 use polymla::wgpu::WgpuBackend;
+use polymla::wgpu::shaders::Path;
+
+/// The matrix paths, or the one that the environment names: for tests that start a test.
+const ONE_PATH: &str = "POLYMLA_TEST_PATH";
+fn matrix_paths() -> Vec<Path> {
+    let one = std::env::var(ONE_PATH).unwrap_or_default();
+    let named = |path: &Path| one.is_empty() || path.name() == one;
+    Path::ALL.into_iter().filter(|path| path.is_matrix() && named(path)).collect()
+}
 
 /// The default adapter; `None`, aloud, where there is none and `POLYMLA_REQUIRE` does not list `wgpu`.
 fn backend(open: fn() -> polymla::Result<WgpuBackend>) -> Option<WgpuBackend> {

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::process::Command;
 
 /// File, what is replaced, by what.
-const MUTANTS: [(&str, &str, &str, &str); 10] = [
+type Mutant = (&'static str, &'static str, &'static str, &'static str);
+const MUTANTS: [Mutant; 10] = [
     ("nothing is rescaled when the maximum rises", "vector.wgsl", "accumulators[r] *= factors[r];", ""),
     ("sums are not rescaled", "vector.wgsl", "sum = sum * factor +", "sum = sum +"),
     ("V is read past the end", "vector.wgsl", "if key == NOWHERE {", "if false {"),
@@ -12,8 +13,8 @@ const MUTANTS: [(&str, &str, &str, &str); 10] = [
     (
         "the last split is lost",
         "combine.wgsl",
-        "i < end; i += 1u) {\n            let weight",
-        "i + 1u < end; i += 1u) {\n            let weight",
+        "let chunk_end = min(end, chunk + THREADS);",
+        "let chunk_end = min(end, chunk + THREADS) - 1u;",
     ),
     ("rows that see nothing divide by 0", "combine.wgsl", "let blind = sum == 0.0;", "let blind = false;"),
     (
@@ -32,6 +33,72 @@ const MUTANTS: [(&str, &str, &str, &str); 10] = [
     ("parts begin at wrong blocks", "schedule.wgsl", "block += here * params.split_blocks;", "block += here;"),
 ];
 
+/// The same for matrices, which are emulated: the path that is to notice comes first.
+const MATRIX_MUTANTS: [(&str, Mutant); 15] = [
+    (
+        "emulated-matrix64",
+        ("matrices are not rescaled", "matrix.wgsl", "shares[subgroup * 64u + i] *= factors[$mu * 16u + i / 4u];", ""),
+    ),
+    ("emulated-matrix16", ("sums are not rescaled", "matrix.wgsl", "            sum *= factor;\n", "")),
+    ("emulated-matrix32", ("the sum for lse is not rescaled", "matrix.wgsl", "            lse_sum *= factor;\n", "")),
+    ("emulated-matrix16", ("the reference stays where it was", "matrix.wgsl", "highest > top + MOST || ", "")),
+    ("emulated-matrix64", ("no mask", "matrix.wgsl", "(token_$i < vec4<u32>(ends[row])) & ", "")),
+    (
+        "emulated-matrix16",
+        ("what lies past the end is read", "matrix.wgsl", "v & vec4<u32>(present[half + place.token])", "v"),
+    ),
+    (
+        "emulated-matrix16",
+        ("shares are lost", "matrix.wgsl", "for (var s = 1u; s < STORED_SHARES;", "for (var s = 1u; s < 2u;"),
+    ),
+    (
+        "emulated-matrix64",
+        (
+            "a share that is folded is lost",
+            "matrix.wgsl",
+            "= plus(score_$s, load_share",
+            "= plus(MatrixC(), load_share",
+        ),
+    ),
+    (
+        "emulated-matrix32",
+        (
+            "a step's keys are the step's before",
+            "matrix.wgsl",
+            "locate(next_page, next_step + thread",
+            "locate(next_page, step + thread",
+        ),
+    ),
+    (
+        "emulated-matrix32",
+        (
+            "the second 16 tokens' values are the first's",
+            "matrix.wgsl",
+            "load_values($gu * 16u * PITCH + ",
+            "load_values(",
+        ),
+    ),
+    ("emulated-matrix64", ("rows from 32 on have others' weights", "matrix.wgsl", " + $mu / 2u * 32u", "")),
+    (
+        "emulated-matrix64",
+        ("what f16 does not have is taken", "range.wgsl", "return key <= 65280.0", "return true || key <= 65280.0"),
+    ),
+    (
+        "emulated-matrix16",
+        ("queries stay scaled", "matrix.wgsl", "params.scale_log2 / query_scale", "params.scale_log2"),
+    ),
+    ("emulated-matrix32", ("what matrices leave is left", "decode.wgsl", "* SUMS] == UNFIT", "* SUMS] == -UNFIT")),
+    (
+        "emulated-matrix64",
+        (
+            "tiles are counted as if alone",
+            "params.wgsl",
+            "let rows_together = ROWS * params.subtiles;",
+            "let rows_together = ROWS;",
+        ),
+    ),
+];
+
 /// Whether the suite passes with shaders from `folder` where it has them.
 fn passes(folder: &Path) -> bool {
     let golden = "tests/golden/dense_bf16_b6_sq2_hq16_zero_len.safetensors";
@@ -47,24 +114,60 @@ fn passes(folder: &Path) -> bool {
     output.status.success()
 }
 
+/// Whether a test of a matrix path passes with shaders from `folder` where it has them.
+fn matrices_pass(path: &str, test: &str, folder: &Path) -> bool {
+    let mut command = Command::new(std::env::current_exe().expect("this test"));
+    command.args(["--exact", test]).env("POLYMLA_SHADER_DIR", folder).env(super::ONE_PATH, path);
+    let output = command.env("RUST_BACKTRACE", "0").output().expect("the test starts");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("running 1 test"), "{text}");
+    assert!(!text.contains("create_compute_pipeline"), "{text}");
+    output.status.success()
+}
+
+/// The faults that are not noticed.
+fn unnoticed(name: &str, mutants: &[Mutant], passes: impl Fn(usize, &Path) -> bool) -> Vec<&'static str> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("wgpu-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let mut missed = Vec::new();
+    for (i, (what, file, from, to)) in mutants.iter().enumerate() {
+        let text = std::fs::read_to_string(Path::new("shaders").join(file)).expect(file);
+        assert!(text.contains(from), "{file} has no {from:?}: bring this test up to date");
+        std::fs::write(folder.join(file), text.replace(from, to)).expect("a file");
+        if passes(i, &folder) {
+            missed.push(*what);
+        }
+        std::fs::remove_file(folder.join(file)).expect("the file");
+    }
+    std::fs::remove_dir_all(&folder).expect("the folder");
+    missed
+}
+
 #[test]
 fn every_fault_is_noticed() {
     if super::backend(polymla::wgpu::WgpuBackend::new).is_none() {
         return;
     }
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("wgpu-mutants-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).expect("a folder");
-    assert!(passes(&folder), "the shaders as they are");
-    let mut missed = Vec::new();
-    for (what, file, from, to) in MUTANTS {
-        let text = std::fs::read_to_string(Path::new("shaders").join(file)).expect(file);
-        assert!(text.contains(from), "{file} has no {from:?}: bring this test up to date");
-        std::fs::write(folder.join(file), text.replace(from, to)).expect("a file");
-        if passes(&folder) {
-            missed.push(what);
-        }
-        std::fs::remove_file(folder.join(file)).expect("the file");
+    assert!(passes(Path::new("")), "the shaders as they are");
+    let missed = unnoticed("mutants", &MUTANTS, |_, folder| passes(folder));
+    assert!(missed.is_empty(), "not noticed: {missed:?}");
+}
+
+#[test]
+fn every_fault_in_matrices_is_noticed() {
+    let Some(backend) = super::backend(polymla::wgpu::WgpuBackend::new) else { return };
+    if !backend.has(polymla::wgpu::shaders::Path::EmulatedMatrix64) {
+        eprintln!("SKIP the matrices' mutants: the adapter cannot emulate matrices");
+        return;
     }
-    std::fs::remove_dir_all(&folder).expect("the folder");
+    let short = |path, folder: &Path| matrices_pass(path, "limits::matrix_paths_are_right_in_short", folder);
+    let range = |path, folder: &Path| matrices_pass(path, "range::bf16_of_any_size_is_right", folder);
+    assert!(short("emulated-matrix64", Path::new("")), "the shaders as they are");
+    assert!(range("emulated-matrix64", Path::new("")), "the shaders as they are");
+    let missed = unnoticed("matrix-mutants", &MATRIX_MUTANTS.map(|(_, mutant)| mutant), |i, folder| {
+        let (path, (_, file, from, _)) = MATRIX_MUTANTS[i];
+        let of_range = file != "matrix.wgsl" || from.contains("query_scale");
+        if of_range { range(path, folder) } else { short(path, folder) }
+    });
     assert!(missed.is_empty(), "not noticed: {missed:?}");
 }

@@ -1,0 +1,120 @@
+//! bf16 by matrices of f16: numbers that f16 does not have.
+
+use polymla::conformance::{Call, Expected, HostTensor, Layout, POLICIES, Tolerance, check};
+use polymla::half::bf16;
+use polymla::wgpu::WgpuBackend;
+use polymla::{DType, Problem};
+
+const ROPE: usize = 64;
+
+/// What queries and keys are: functions of (token or row, column, a number of -1 to 1).
+struct Case {
+    what: &'static str,
+    /// 2 to this is `softmax_scale`.
+    scale: i32,
+    q: fn(usize, usize, f32) -> f32,
+    k: fn(usize, usize, f32) -> f32,
+}
+
+fn two(n: i32) -> f32 {
+    2f32.powi(n)
+}
+
+const CASES: [Case; 12] = [
+    Case { what: "as usual", scale: -3, q: |_, _, x| x, k: |_, _, x| x },
+    Case { what: "small keys, large queries", scale: -3, q: |_, _, x| x * two(40), k: |_, _, x| x * two(-40) },
+    Case { what: "large keys, small queries", scale: -3, q: |_, _, x| x * two(-60), k: |_, _, x| x * two(60) },
+    Case { what: "keys near 2^-120", scale: 20, q: |_, _, x| x * two(97), k: |_, _, x| x * two(-120) },
+    Case { what: "just within", scale: -3, q: |_, _, x| x * two(-15), k: |_, _, x| x * two(15) },
+    Case { what: "just beyond", scale: -3, q: |_, _, x| x * two(-17), k: |_, _, x| x * two(17) },
+    Case {
+        what: "one number beyond, in the last token",
+        scale: -3,
+        q: |_, c, x| if c == 191 { 0.0 } else { x },
+        k: |t, c, x| if (t, c) == (129, 191) { two(100) } else { x },
+    },
+    Case {
+        what: "a column that is large in queries and tiny in keys",
+        scale: -3,
+        q: |_, c, x| if c == 150 { x * two(34) } else { x },
+        k: |_, c, x| if c == 150 { x * two(-30) } else { x },
+    },
+    Case {
+        what: "a column that is tiny in queries and large in keys",
+        scale: -3,
+        q: |_, c, x| if c == 150 { x * two(-9) } else { x * two(8) },
+        k: |_, c, x| if c == 150 { x * two(14) } else { x * two(-8) },
+    },
+    Case {
+        what: "tiny values beside rope as usual",
+        scale: -3,
+        q: |_, _, x| x,
+        k: |_, c, x| if c < 128 { x * two(-28) } else { x },
+    },
+    Case { what: "nothing but zeros", scale: -3, q: |_, _, x| x, k: |_, _, _| 0.0 },
+    Case {
+        what: "the second request's values are tiny",
+        scale: -3,
+        q: |_, _, x| x,
+        k: |t, _, x| if t >= 130 { x * two(-30) } else { x },
+    },
+];
+
+fn numbers(name: &'static str, shape: [usize; 4], f: fn(usize, usize, f32) -> f32) -> HostTensor {
+    let h_kv = shape[2];
+    let mut state = 4321u32;
+    let columns = shape[3];
+    let rows = shape[0] * shape[1] * shape[2];
+    let mut bytes = Vec::new();
+    for (row, column) in (0..rows).flat_map(|row| (0..columns).map(move |column| (row, column))) {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let x = (state >> 8) as f32 / (1 << 23) as f32 - 1.0;
+        bytes.extend(bf16::from_f32(f(row / h_kv, column, x)).to_ne_bytes());
+    }
+    HostTensor::from_bytes(name, DType::Bf16, &shape, &bytes).unwrap()
+}
+
+fn call(case: &Case) -> Call {
+    // A page a request: token t of request i is row 130 i + t of the cache, of two KV heads.
+    let (b, heads, tokens) = (2, 36, 130);
+    let builder = Problem::builder(b).h_q(heads).h_kv(2).head_dim_k(128 + ROPE).head_dim_v(128).dtype(DType::Bf16);
+    let builder = builder.num_pages(2).page_size(tokens).max_pages_per_seq(1).softmax_scale(two(case.scale));
+    let problem = builder.build().unwrap();
+    let tensors = vec![
+        ("q", numbers("q", [b, 1, heads, 128 + ROPE], case.q)),
+        ("k_cache", numbers("k_cache", [2, tokens, 2, 128 + ROPE], case.k)),
+        ("block_table", HostTensor::from_i32("block_table", &[b, 1], &[0, 1]).unwrap()),
+        ("cache_seqlens", HostTensor::from_i32("cache_seqlens", &[b], &[130, 129]).unwrap()),
+    ];
+    let name = case.what.into();
+    let tolerance = Tolerance { out_abs: 0.0, out_rel: 0.0, cosine: 1e-5, lse_abs: 2e-4, lse_rel: 1e-5 };
+    let mut call = Call { name, problem, tensors, output_strides: None, expected: None, tolerance };
+    let (out, lse) = polymla::reference::decode(&call.problem, &call.inputs().unwrap()).unwrap();
+    // Of each row, 2^-7 of its largest: averages of 130 numbers of either sign are small beside the numbers.
+    let row_abs = |row: &[f64]| vec![two(-7) as f64 * row.iter().fold(0.0, |m: f64, x| m.max(x.abs())); row.len()];
+    let out_abs = out.chunks_exact(128).flat_map(row_abs).collect();
+    call.expected = Some(Expected { out, lse, out_abs, ..Expected::default() });
+    call
+}
+
+/// Each case by every matrix path of the device, emulated ones too.
+#[test]
+fn bf16_of_any_size_is_right() {
+    let mut taken = 0;
+    for path in super::matrix_paths() {
+        let Some(backend) = super::backend(WgpuBackend::new) else { return };
+        if !backend.has(path) {
+            eprintln!("SKIP path {}: the adapter lacks it", path.name());
+            continue;
+        }
+        let backend = backend.with_path(path).unwrap();
+        for (case, policy) in CASES.iter().zip(POLICIES.iter().cycle()) {
+            let call = call(case);
+            assert!(backend.path(&call.problem).is_matrix(), "{} is to go by matrices", call.name);
+            let outcome = check(&backend, &call, Layout::Given, *policy);
+            assert!(outcome.passed(), "{}, {}, {policy:?}: {}", path.name(), call.name, outcome.failure());
+            taken += 1;
+        }
+    }
+    assert!(taken > 0, "no device with matrices, not even emulated ones");
+}
