@@ -417,6 +417,7 @@ fn divergence_aborts() {
         ("crossed_barriers", "threads wait at different places"),
         ("shared_overrun", "past the end of shared memory"),
         ("unwaited_copy", "nobody waited for"),
+        ("arrives_twice", "arrives twice in one phase"),
     ] {
         let child = Command::new(std::env::current_exe().unwrap())
             .args(["divergence_aborts", "--exact", "--nocapture"])

@@ -36,6 +36,14 @@ void unwaited_entry(const void*) {
     simt::copy16(simt::shared() + 256, source, true);   // the guard: the copy never lands, so nothing is written
 }
 
+void twice_entry(const void*) {
+    char* at = simt::shared();
+    if (simt::thread() == 0) simt::phase_init(at, 2);
+    simt::barrier(__FILE__, __LINE__);
+    if (simt::thread() == 1)
+        for (int i = 0; i < 2; ++i) simt::phase_arrive(at, false, __FILE__, __LINE__);
+}
+
 template <class C>
 constexpr unsigned total() {
     return C::total;
@@ -89,6 +97,7 @@ const Kernel KERNELS[] = {
     {"crossed_barriers", crossed_entry, 0, 256},
     {"shared_overrun", overrun_entry, 0, 256},
     {"unwaited_copy", unwaited_entry, 0, 256},
+    {"arrives_twice", twice_entry, 0, 256},
 };
 
 }  // namespace

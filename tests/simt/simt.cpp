@@ -8,6 +8,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <set>
 #include <vector>
 
 namespace simt {
@@ -45,6 +46,7 @@ struct Phase {
     unsigned parity = 0;
     std::vector<Copy> copies;
     std::vector<int> waiting;
+    std::set<int> who;          // arrived in this phase
 };
 
 struct Block {
@@ -212,7 +214,9 @@ void phase_arrive(char* at, bool copies, const char* file, int line) {
         p.copies.insert(p.copies.end(), group.begin(), group.end());
         group.clear();
     }
+    if (!p.who.insert(b.current).second) die("a thread arrives twice in one phase", file, line);
     if (++p.arrived < p.arrivals) return;
+    p.who.clear();
     land(p.copies);
     p.copies.clear();
     p.arrived = 0;

@@ -6,6 +6,7 @@
 //   - so does a warp-wide instruction that not all lanes of its group reach at the same place;
 //   - fibers run in a pseudo-random order, so that a missing barrier shows as a wrong result;
 //   - an asynchronous copy lands when it is waited for, never before, and its target is poison until then;
+//   - a thread that arrives twice in one phase of a barrier in shared memory, which is then over too early, aborts;
 //   - shared memory is exactly as large as asked for, starts as poison, and has a guard behind it.
 #pragma once
 
