@@ -63,6 +63,7 @@ run() {
     step golden 40 "$carry/polymla" conformance --backend wgpu tests/golden
     step paths 40 "$carry/wgpu-tests" --exact limits::every_path_is_right
     step matrix 40 "$carry/wgpu-tests" --exact limits::matrix_paths_are_right
+    step range 20 "$carry/wgpu-tests" --exact range::bf16_of_any_size_is_right
     local large=(128,1,128,4096 128,2,128,4096 128,1,16,4096 128,1,16,16384 128,1,64,4096)
     local small=(1,1,128,8192 1,1,16,8192 8,1,128,4096 32,1,64,8192)
     bench f16 40 f16 "${large[@]}" "${small[@]}"

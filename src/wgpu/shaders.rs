@@ -17,6 +17,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("decode.wgsl", include_str!("../../shaders/decode.wgsl")),
     ("vector.wgsl", include_str!("../../shaders/vector.wgsl")),
     ("matrix.wgsl", include_str!("../../shaders/matrix.wgsl")),
+    ("keys.wgsl", include_str!("../../shaders/keys.wgsl")),
     ("range.wgsl", include_str!("../../shaders/range.wgsl")),
     ("multiply.wgsl", include_str!("../../shaders/multiply.wgsl")),
     ("combine.wgsl", include_str!("../../shaders/combine.wgsl")),

@@ -33,26 +33,38 @@ const MUTANTS: [Mutant; 10] = [
     ("parts begin at wrong blocks", "schedule.wgsl", "block += here * params.split_blocks;", "block += here;"),
 ];
 
-/// The same for matrices, which are emulated: the path that is to notice comes first.
-const MATRIX_MUTANTS: [(&str, Mutant); 15] = [
+/// The test that is to notice a fault in the matrix kernels.
+const SHORT: &str = "limits::matrix_paths_are_right_in_short";
+const RANGE: &str = "range::bf16_of_any_size_is_right";
+
+/// The same for matrices, which are emulated: by which path, and in which test.
+const MATRIX_MUTANTS: [(&str, &str, Mutant); 16] = [
     (
         "emulated-matrix64",
+        SHORT,
         ("matrices are not rescaled", "matrix.wgsl", "shares[subgroup * 64u + i] *= factors[$mu * 16u + i / 4u];", ""),
     ),
-    ("emulated-matrix16", ("sums are not rescaled", "matrix.wgsl", "            sum *= factor;\n", "")),
-    ("emulated-matrix32", ("the sum for lse is not rescaled", "matrix.wgsl", "            lse_sum *= factor;\n", "")),
-    ("emulated-matrix16", ("the reference stays where it was", "matrix.wgsl", "highest > top + MOST || ", "")),
-    ("emulated-matrix64", ("no mask", "matrix.wgsl", "(token_$i < vec4<u32>(ends[row])) & ", "")),
+    ("emulated-matrix16", SHORT, ("sums are not rescaled", "matrix.wgsl", "            sum *= factor;\n", "")),
+    (
+        "emulated-matrix32",
+        SHORT,
+        ("the sum for lse is not rescaled", "matrix.wgsl", "            lse_sum *= factor;\n", ""),
+    ),
+    ("emulated-matrix16", SHORT, ("the reference stays where it was", "matrix.wgsl", "highest > top + MOST || ", "")),
+    ("emulated-matrix64", SHORT, ("no mask", "matrix.wgsl", "(token_$i < vec4<u32>(ends[row])) & ", "")),
     (
         "emulated-matrix16",
-        ("what lies past the end is read", "matrix.wgsl", "v & vec4<u32>(present[half + place.token])", "v"),
+        SHORT,
+        ("what lies past the end is read", "keys.wgsl", "v & vec4<u32>(present[half + place.token])", "v"),
     ),
     (
         "emulated-matrix16",
+        SHORT,
         ("shares are lost", "matrix.wgsl", "for (var s = 1u; s < STORED_SHARES;", "for (var s = 1u; s < 2u;"),
     ),
     (
         "emulated-matrix64",
+        SHORT,
         (
             "a share that is folded is lost",
             "matrix.wgsl",
@@ -62,8 +74,9 @@ const MATRIX_MUTANTS: [(&str, Mutant); 15] = [
     ),
     (
         "emulated-matrix32",
+        SHORT,
         (
-            "a step's keys are the step's before",
+            "a step's keys are those of the step before",
             "matrix.wgsl",
             "locate(next_page, next_step + thread",
             "locate(next_page, step + thread",
@@ -71,6 +84,7 @@ const MATRIX_MUTANTS: [(&str, Mutant); 15] = [
     ),
     (
         "emulated-matrix32",
+        SHORT,
         (
             "the second 16 tokens' values are the first's",
             "matrix.wgsl",
@@ -78,18 +92,38 @@ const MATRIX_MUTANTS: [(&str, Mutant); 15] = [
             "load_values(",
         ),
     ),
-    ("emulated-matrix64", ("rows from 32 on have others' weights", "matrix.wgsl", " + $mu / 2u * 32u", "")),
+    ("emulated-matrix64", SHORT, ("rows from 32 on have others' weights", "matrix.wgsl", " + $mu / 2u * 32u", "")),
     (
         "emulated-matrix64",
+        RANGE,
         ("what f16 does not have is taken", "range.wgsl", "return key <= 65280.0", "return true || key <= 65280.0"),
     ),
     (
         "emulated-matrix16",
+        RANGE,
         ("queries stay scaled", "matrix.wgsl", "params.scale_log2 / query_scale", "params.scale_log2"),
     ),
-    ("emulated-matrix32", ("what matrices leave is left", "decode.wgsl", "* SUMS] == UNFIT", "* SUMS] == -UNFIT")),
+    (
+        "emulated-matrix16",
+        RANGE,
+        (
+            "subnormal numbers are flushed",
+            "keys.wgsl",
+            "let converted = halves(read);",
+            "var converted = halves(read);
+             for (var i = 0; i < 2; i += 1) {
+                 converted[i] = select(converted[i], vec4<f16>(0.0h), abs(converted[i]) < vec4<f16>(0.00006h));
+             }",
+        ),
+    ),
+    (
+        "emulated-matrix32",
+        RANGE,
+        ("what matrices leave is left", "decode.wgsl", "* SUMS] == UNFIT", "* SUMS] == -UNFIT"),
+    ),
     (
         "emulated-matrix64",
+        RANGE,
         (
             "tiles are counted as if alone",
             "params.wgsl",
@@ -160,14 +194,12 @@ fn every_fault_in_matrices_is_noticed() {
         eprintln!("SKIP the matrices' mutants: the adapter cannot emulate matrices");
         return;
     }
-    let short = |path, folder: &Path| matrices_pass(path, "limits::matrix_paths_are_right_in_short", folder);
-    let range = |path, folder: &Path| matrices_pass(path, "range::bf16_of_any_size_is_right", folder);
-    assert!(short("emulated-matrix64", Path::new("")), "the shaders as they are");
-    assert!(range("emulated-matrix64", Path::new("")), "the shaders as they are");
-    let missed = unnoticed("matrix-mutants", &MATRIX_MUTANTS.map(|(_, mutant)| mutant), |i, folder| {
-        let (path, (_, file, from, _)) = MATRIX_MUTANTS[i];
-        let of_range = file != "matrix.wgsl" || from.contains("query_scale");
-        if of_range { range(path, folder) } else { short(path, folder) }
+    for test in [SHORT, RANGE] {
+        assert!(matrices_pass("emulated-matrix64", test, Path::new("")), "the shaders as they are");
+    }
+    let missed = unnoticed("matrix-mutants", &MATRIX_MUTANTS.map(|(_, _, mutant)| mutant), |i, folder| {
+        let (path, test, _) = MATRIX_MUTANTS[i];
+        matrices_pass(path, test, folder)
     });
     assert!(missed.is_empty(), "not noticed: {missed:?}");
 }
