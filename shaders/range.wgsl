@@ -3,10 +3,10 @@
 // Keys     are converted as they are: a bf16 number of 2^-17 to 65280 is one of f16, exactly; a smaller one is rounded to a
 //          multiple of 2^-24.
 // Queries  are first multiplied by a power of two that brings the largest of the tile to 2^14 .. 2^15, and scores by its
-//          inverse: what is rounded is below 2^-31 of that largest.
+//          inverse: what is rounded is below 2^-31 of that largest, and by 2^-39 of it.
 // A split  is given up, for the kernel that computes in f32 (REMAINS in decode.wgsl), where that would not do:
 //            - something exceeds f16;
-//            - a score could be off by more than 2^-13: 2^-25 |q|_1 scale of keys, 2^-40 max |q| |k|_1 scale of queries;
+//            - a score could be off by more than 2^-13: 2^-25 |q|_1 scale of keys, 2^-39 max |q| |k|_1 scale of queries;
 //            - V as a whole is so small, below 2^-10, that rounding to 2^-25 would show.
 
 // Bits of numbers that are not negative, which are ordered as the numbers are. The largest of K, and of V; V's words,
