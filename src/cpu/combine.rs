@@ -7,8 +7,8 @@ use crate::schedule::Schedule;
 use super::engine::{Partials, Plan};
 use super::geometry::Call;
 
-/// Rows a worker takes at once.
-const ROWS: usize = 16;
+/// Rows a worker takes at once: few, so that the 16 rows of one request occupy several workers.
+const ROWS: usize = 4;
 
 /// The natural logarithm of the softmax's denominator, from the largest score before scaling and the sum relative to
 /// it; +infinity where no key was seen.
