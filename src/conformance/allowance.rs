@@ -142,7 +142,8 @@ fn unit_roundoff(dtype: DType) -> f64 {
 ///   makes a standard deviation below 0.58 u sqrt(sum (p v)^2): this is 7 of them;
 /// - (2 e + 2^-18) sum p |v|, where e bounds the error of a score: 2^-18 scale sum |q k| of the worst key, what
 ///   accumulating 576 products in f32 makes when it truncates (u of f32 is 2^-24, and errors of one sign add up);
-/// - f16 only, 2^-25 (1 + sum |v|): weights and results below 2^-14 have an absolute roundoff.
+/// - a (1 + sum |v|): a = 2^-25 for f16, whose weights and results below 2^-14 have an absolute roundoff; 2^-126 for the others,
+///   because numbers below f32's normal ones may be flushed to zero.
 ///
 /// An element of `lse` may be off by e + 2^-20, or by 2^-18 of itself.
 ///
@@ -157,8 +158,8 @@ pub(super) fn expected(call: &mut Call, q: &[f32], k: &[f32]) -> Result<()> {
     let (d_k, d_v, h_kv, page_size) = (p.head_dim_k(), p.head_dim_v(), p.h_kv(), p.page_size());
     let scale = f64::from(p.softmax_scale());
     let u = unit_roundoff(p.dtype());
-    let f16_floor = if p.dtype() == DType::F16 { 2f64.powi(-25) } else { 0.0 };
-    let mut out_abs = vec![f16_floor; out.len()];
+    let floor = if p.dtype() == DType::F16 { 2f64.powi(-25) } else { f64::from(f32::MIN_POSITIVE) };
+    let mut out_abs = vec![floor; out.len()];
     let mut lse_abs = vec![0.0; lse.len()];
     let mut mean_squares = 0.0f64;
     let (mut squares, mut magnitude, mut plain) = (vec![0.0; d_v], vec![0.0; d_v], vec![0.0; d_v]);
@@ -194,7 +195,7 @@ pub(super) fn expected(call: &mut Call, q: &[f32], k: &[f32]) -> Result<()> {
                 lse_abs[lse_at] = score_error + 2f64.powi(-20);
                 for c in 0..d_v {
                     let stored = out[row * d_v + c].abs();
-                    let systematic = (2.0 * score_error + 2f64.powi(-18)) * magnitude[c] + f16_floor * plain[c];
+                    let systematic = (2.0 * score_error + 2f64.powi(-18)) * magnitude[c] + floor * plain[c];
                     out_abs[row * d_v + c] += 1.5 * u * stored + 4.0 * u * squares[c].sqrt() + systematic;
                     mean_squares += 0.4 * u * u * (stored * stored + squares[c]) + systematic * systematic;
                 }
