@@ -1,48 +1,75 @@
 // Merging the pieces of split requests.
 //
-// Tile      a chunk: 16 packed rows and 16 columns of every piece, eight values a lane (tile.h).
-// Roles     a CTA's 32 warps take 32 / G chunks of one row group; G warps share the pieces of a chunk. G grows as
-//           there is less to merge, so that all loads of the call are in flight at once.
-// Pipeline  launched as a programmatic dependent of the main kernel. Each warp has up to six pieces copied to shared memory
-//           (cp.async), turns what there is about one row into weights meanwhile, and adds up. The order of summation is fixed.
+// Tile      the fragment of 32, 16 or 8 lanes (tile.h) of every piece: eight values a lane, 16 columns of 16, 8 or 4 rows.
+// Roles     G lanes share the pieces of a fragment: up to 16 warps, then up to four groups of each warp's lanes. G grows
+//           as there is less to merge, so that all SMs have work and all loads of the call are in flight at once.
+// Pipeline  launched as a programmatic dependent of the main kernel. Up to ten pieces a lane are copied to shared memory
+//           (cp.async) at once, in two halves; each lane adds up its own, relative to their largest maximum, then sums meet by
+//           shuffles, and those of warps in a tree. The order of summation is fixed.
 //
-// What runs once is bound by fetching instructions, some 33 cycles for eight of them: loops are rolled wherever their
-// loads are in flight already.
+// The time is the number of instructions: 33 cycles for eight that run for the first time, and one a cycle and scheduler for
+// all warps together. Hence few warps, rolled loops, and nothing computed twice.
 //
-// Grid: a CTA of 1024 threads an SM; they share the work evenly.
+// Grid: a CTA of 512 threads an SM; they share the work evenly.
 #include "tile.h"
 
 namespace polymla {
 
-constexpr int COMBINE_WARPS = 32;
-constexpr int COMBINE_THREADS = COMBINE_WARPS * 32;
-constexpr int AT_ONCE = 6;          // pieces that a warp has in flight
-constexpr int ROUND = 160;          // pieces weighed at once; with 132 SMs no request has more
+constexpr int COMBINE_WARPS = 16;
+constexpr int AT_ONCE = 10;         // pieces that a lane has in flight
+constexpr u32 LOG_GROUPS = 2;       // most groups of lanes in a warp
+constexpr u32 LOG_WARPS = 4;
 constexpr u32 FIXED_LOG_SHARE = 2;  // of G in batch-invariant mode, where the order must not depend on the batch
+constexpr u32 BAR_TREE = 1;
 
 struct CombineSmem {
-    uint4 high[COMBINE_WARPS][AT_ONCE][32];
-    uint2 low[COMBINE_WARPS][AT_ONCE][32];
-    float rows[ROUND][PARTIAL_GROUP + 4];       // by piece; weights take the place of the maxima. Padded: a warp reads a column.
+    uint4 first[COMBINE_WARPS][AT_ONCE][32];
+    uint2 rest[COMBINE_WARPS][AT_ONCE][32];
+    float4 rows[COMBINE_WARPS][AT_ONCE][8];     // one a quad of lanes
 };
 
-static_assert(sizeof(CombineSmem) == 180736, "the host asks for as much");
+static_assert(sizeof(CombineSmem) == 143360, "the host asks for as much");
 
-struct Pieces {
-    int req, count;
-    int first, next, step;      // slots: `first`, then `next`, `next` + `step`, ...
-    PM_DEV int slot(int piece) const { return piece == 0 ? first : next + (piece - 1) * step; }
-};
-
-// Adds a lane's eight values of a piece, weighted by row. The lowest byte of each is some other's: less than was dropped.
-PM_DEV void add_piece(float (&acc)[8], const uint4& high, const uint2& low, float w0, float w1) {
-    const u32 h[4] = {high.x, high.y, high.z, high.w}, l[2] = {low.x, low.y};
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i) {
-        const u32 selector = (i % 2 ? 0x3200 : 0x1000) | (4 + i % 4) << 4 | (4 + i % 4);
-        acc[i] += __uint_as_float(__byte_perm(h[i / 2], l[i / 4], selector)) * (i & 2 ? w1 : w0);
-    }
+// 2^d of an integer d <= 0, 0 from -127 on.
+PM_DEV float power_of_two(float d) {
+    // 1.5 * 2^23 makes an integer of the sum's low bits, 127 an exponent.
+    return __uint_as_float(__float_as_uint(fmaxf(d, -127.0f) + 12583039.0f) << 23);
 }
+
+// Eight values in two rows, as weighted sums, and the sums of the weights, both relative to 2^max. Maxima are integers, so that
+// no factor is rounded, however large the logits.
+struct Sums {
+    float o[8], max[2], weights[2];
+
+    // Makes them relative to another maximum, not smaller.
+    PM_DEV void raise(float max0, float max1) {
+        const float to[2] = {max0, max1};
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const float f = power_of_two(max[k] - to[k]);
+            max[k] = to[k];
+            weights[k] *= f;
+#pragma unroll
+            for (int i = 2 * k; i < 8; i += i % 2 ? 3 : 1) o[i] *= f;
+        }
+    }
+    // Adds others, whose maxima are not larger.
+    PM_DEV void add(const float (&v)[8], const float4& rows) {
+        const float others_max[2] = {rows.x, rows.z}, others_weights[2] = {rows.y, rows.w};
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const float f = power_of_two(others_max[k] - max[k]);
+            weights[k] += others_weights[k] * f;
+#pragma unroll
+            for (int i = 2 * k; i < 8; i += i % 2 ? 3 : 1) o[i] += v[i] * f;
+        }
+    }
+    PM_DEV void merge(const float (&v)[8], const float4& rows) {
+        raise(fmaxf(max[0], rows.x), fmaxf(max[1], rows.z));
+        add(v, rows);
+    }
+    PM_DEV float4 rows() const { return make_float4(max[0], weights[0], max[1], weights[1]); }
+};
 
 // Where row `row` of the packed ones lies in a tensor of these strides.
 PM_DEV i64 row_offset(const DecodeParams& p, int req, int kv_head, int row, i64 stride_b, i64 stride_h, i64 stride_s) {
@@ -61,179 +88,151 @@ PM_DEV void combine(const DecodeParams& p) {
     // The number of split requests and the first 31 of them in one load.
     Owner listed = {};
     if (!fixed && lane <= u32(p.b)) listed = p.owners[lane];
-    const int count = fixed ? p.b : __shfl_sync(0xffffffffu, listed.req, 0);
+    const u32 count = fixed ? p.b : __shfl_sync(0xffffffffu, listed.req, 0);
     // 32 bits do: an item is 128 elements of out or more.
     const u32 rows = p.s_q * p.heads_per_kv, row_groups = (rows + 15) / 16;
-    const u32 units = u32(count) * p.h_kv * row_groups;
-    static_assert(COMBINE_WARPS == 32 && CHUNKS == 32, "a unit takes `share` items");
+    const u32 units = count * p.h_kv * row_groups;
     u32 log_share = 0;
     if (fixed)
         log_share = FIXED_LOG_SHARE;
     else
-        while (log_share < 5 && (units << log_share) * 2 <= gridDim.x) ++log_share;
-    const u32 share = 1u << log_share;                  // G
-    const u32 together = COMBINE_WARPS >> log_share;    // chunks of a CTA
-    const u32 first_piece = warp >> (5 - log_share);
+        while (log_share < LOG_GROUPS + LOG_WARPS && units << (log_share + 2) <= gridDim.x) ++log_share;
+    static_assert(CHUNKS == 2 * COMBINE_WARPS, "a unit takes 2 G items");
+    const u32 log_groups = log_share - min(log_share, LOG_WARPS), log_together = LOG_WARPS + log_groups - log_share;
+    const u32 together = 1u << log_together;            // fragments of a CTA
+    const u32 width = 32u >> log_groups;                // lanes of a fragment
+    const int share = 1 << log_share;                   // G
+    const int base = int(warp >> log_together << log_groups), rank = base + int(lane / width);      // among those who share
     const i64 tile_step = i64(p.h_kv) * p.m_tiles;      // tiles of a slot
     PM_MERGE(1);
     bool waited = false;
 
 #pragma unroll 1
-    for (u32 item = blockIdx.x; item < units << log_share; item += gridDim.x) {
-        const u32 unit = item >> log_share, first_item = unit << log_share;
-        const u32 chunk = (item - first_item) * together + (warp & (together - 1));
+    for (u32 item = blockIdx.x; item < units << (log_share + 1); item += gridDim.x) {
+        const u32 unit = item >> (log_share + 1), part = item - (unit << (log_share + 1));
         const u32 rest = unit / row_groups, row_group = unit - rest * row_groups;
         const u32 index = p.h_kv == 1 ? rest : rest / p.h_kv, kv_head = rest - index * p.h_kv;
-        Pieces pieces;
+        int req, pieces, first, next, step;     // slots: `first`, then `next`, `next` + `step`, ...
         if (fixed) {
-            const int first = p.num_splits[index];
-            pieces = Pieces{int(index), p.num_splits[index + 1] - first, first, first + 1, 1};
+            req = int(index), first = p.num_splits[index], next = first + 1, step = 1;
+            pieces = p.num_splits[index + 1] - first;
         } else {
-            int req = __shfl_sync(0xffffffffu, listed.req, index + 1);
+            req = __shfl_sync(0xffffffffu, listed.req, index + 1);
             u32 where = __shfl_sync(0xffffffffu, listed.slot | u32(listed.pieces) << 16, index + 1);
             if (index >= 31) {
                 const Owner owner = p.owners[1 + index];
                 req = owner.req;
                 where = owner.slot | u32(owner.pieces) << 16;
             }
-            pieces = Pieces{req, int(where >> 16), int(where & 0xffff), int(where & 0xffff | 1) + 1, 2};
+            pieces = int(where >> 16), first = int(where & 0xffff), next = (first | 1) + 1, step = 2;
         }
-        if (pieces.count <= 1) continue;
-        // Of slot 0: this lane's values, and what there is about the rows.
-        const u32 tile = kv_head * p.m_tiles + row_group / 4, at = (row_group % 4 * CHUNKS + chunk) * 32 + lane;
-        const char* data = reinterpret_cast<const char*>(p.partial_out) + i64(tile) * PARTIAL_BYTES;
-        const char *high = data + at * 16, *low = data + PARTIAL_LOW_BYTES + at * 8 + lane * 8;
-        const float* row_data = p.partial_rows + i64(tile) * PARTIAL_ROWS + row_group % 4 * PARTIAL_GROUP;
-        // Pieces base, base + share, ... below `end`, at most AT_ONCE, into this warp's place.
-        auto copy_data = [&](int base, int end) {
-            u32 to_high = smem_addr(&smem.high[warp][0][lane]), to_low = smem_addr(&smem.low[warp][0][2 * (lane % 16)]);
-            end = min(end, base + int(share) * AT_ONCE);
-#pragma unroll 1
-            for (int piece = base; piece < end; piece += share, to_high += 512, to_low += 256) {
-                const i64 slot = pieces.slot(piece) * (tile_step * PARTIAL_BYTES);
-                cp_async16(to_high, high + slot);
-                if (lane < 16) cp_async16(to_low, low + slot);      // for two lanes
-            }
-            cp_async_commit();
-        };
-        // Sixteen threads a piece, of which twelve copy; eight where there are no exact sums.
-        const u32 part = threadIdx.x % 16;
-        const bool copies = part < PARTIAL_GROUP / 4 && (Elem::TWO_SUMS || part >= PARTIAL_MAX / 4);
-        auto copy_rows = [&](int round, int end) {
-#pragma unroll 1
-            for (int piece = round + int(threadIdx.x / 16); piece < end && copies; piece += COMBINE_THREADS / 16)
-                cp_async16(smem_addr(&smem.rows[piece - round][part * 4]),
-                           row_data + part * 4 + pieces.slot(piece) * (tile_step * PARTIAL_ROWS));
-            cp_async_commit();
-        };
+        if (pieces <= 1) continue;
+        // This lane's place in a tile, and what it copies: its first 16 bytes, of two lanes the rest, of four what there is about
+        // rows. From one of its pieces to the next they are `pace` tiles apart.
+        const u32 fragment = part * together + (warp & (together - 1)), at = fragment * width + (lane & (width - 1));
+        const i64 tile = (rank ? next + (rank - 1) * step : first) * tile_step + kv_head * p.m_tiles + row_group / 4;
+        const i64 to_second = (rank ? share * step : next + (share - 1) * step - first) * tile_step, pace = share * step * tile_step;
+        const char* data = reinterpret_cast<const char*>(p.partial_out) + tile * PARTIAL_BYTES;
+        const char *from_first = data + (row_group % 4 * (CHUNKS * 32) + at) * 16;
+        const char *from_rest = data + PARTIAL_REST + (row_group % 4 * (CHUNKS * 32) + at) * 8;
+        const char* from_rows = reinterpret_cast<const char*>(p.partial_rows + tile * PARTIAL_ROWS) + (row_group % 4 * 8 + at % 32 / 4) * 16;
+        i64 ahead = to_second;
         if (!waited) pdl_wait();
         waited = true;
         PM_MERGE(2);
-        const bool one_round = pieces.count <= ROUND;
 
-        // One row a warp, of the first sixteen, and a piece a lane. Maxima are integers, so that no weight is rounded, however
-        // large the logits. fmaxf passes NaN over, the sums do not.
-        const bool weighs = warp < 16;
-        float m = -1e30f, sum = 0.0f, exact = 0.0f;
+        Sums sums = {{0, 0, 0, 0, 0, 0, 0, 0}, {M_INIT, M_INIT}, {0, 0}};
 #pragma unroll 1
-        for (int round = 0; round < pieces.count; round += ROUND) {
-            const int n = min(ROUND, pieces.count - round);
-            copy_rows(round, round + n);
-            copy_data(first_piece, one_round ? n : 0);
-            cp_async_wait<1>();
-            __syncthreads();
-            if (weighs) {
-                float top = m;
+        for (int begin = 0; base + begin < pieces; begin += share * AT_ONCE) {
+            const int end = min(begin + share * AT_ONCE, pieces - base), half = begin + share * (AT_ONCE / 2);
+            u32 to_first = smem_addr(&smem.first[warp][0][lane]), to_rest = smem_addr(&smem.rest[warp][0][lane]);
+            u32 to_rows = smem_addr(&smem.rows[warp][0][lane / 4]);
 #pragma unroll 1
-                for (int i = lane; i < n; i += 32) top = fmaxf(top, smem.rows[i][PARTIAL_MAX + warp]);
-#pragma unroll
-                for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
-                const float f = exp2_fast(m - top);
-                sum *= f;
-                exact *= f;
-                m = top;
-#pragma unroll 1
-                for (int i = lane; i < n; i += 32) {
-                    const float w = exp2_fast(smem.rows[i][PARTIAL_MAX + warp] - m);
-                    sum += smem.rows[i][PARTIAL_SUM + warp] * w;
-                    if (Elem::TWO_SUMS) exact += smem.rows[i][PARTIAL_EXACT + warp] * w;
+            for (int i = begin; i < end; i += share) {
+                if (i == half) cp_async_commit();
+                if (rank + i < pieces) {
+                    cp_async16(to_first, from_first);
+                    if (lane % 2 == 0) cp_async16(to_rest, from_rest);
+                    if (lane % 4 == 0) cp_async16(to_rows, from_rows);
                 }
+                to_first += 512, to_rest += 256, to_rows += 128;
+                from_first += ahead * PARTIAL_BYTES, from_rest += ahead * PARTIAL_BYTES, from_rows += ahead * (PARTIAL_ROWS * 4);
+                ahead = pace;
             }
-            if (!one_round) __syncthreads();
-        }
-        if (weighs) {
-#pragma unroll
-            for (int d = 16; d > 0; d /= 2) {
-                sum += __shfl_xor_sync(0xffffffffu, sum, d);
-                if (Elem::TWO_SUMS) exact += __shfl_xor_sync(0xffffffffu, exact, d);
-            }
-            if (!Elem::TWO_SUMS) exact = sum;
-            const u32 packed = row_group * 16 + warp;
-            if (item == first_item && lane == 0 && packed < rows)
-                p.lse[row_offset(p, pieces.req, kv_head, packed, p.lse_stride_b, p.lse_stride_h, p.lse_stride_s)] =
-                    exact == 0.0f ? __int_as_float(0x7f800000) : (log2_fast(exact) + m) * 0.6931471805599453f;
-        }
-        const float inv = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
-
-        float acc[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) acc[i] = 0.0f;
+            cp_async_commit();
+            const uint4* words = &smem.first[warp][0][lane];
+            const uint2* more = &smem.rest[warp][0][lane];
+            const float4* about = &smem.rows[warp][0][lane / 4];
 #pragma unroll 1
-        for (int round = 0; round < pieces.count; round += ROUND) {
-            const int end = min(round + ROUND, pieces.count);
-            if (!one_round) {
-                copy_rows(round, end);
-                copy_data(round + first_piece, end);
-                cp_async_wait<1>();
-                __syncthreads();
-            }
-#pragma unroll 1
-            for (int i = lane; i < end - round && weighs; i += 32)
-                smem.rows[i][PARTIAL_MAX + warp] = exp2_fast(smem.rows[i][PARTIAL_MAX + warp] - m) * inv;
-            __syncthreads();
-#pragma unroll 1
-            for (int begin = round + first_piece; begin < end; begin += share * AT_ONCE) {
-                cp_async_wait<0>();
+            for (int from = begin; from < end; from = half) {
+                // The second half is on its way while the first is added up.
+                const int to = from < half ? min(end, half) : end;
+                if (to == half && end > half)
+                    cp_async_wait<1>();
+                else
+                    cp_async_wait<0>();
                 __syncwarp();
-                const int stop = min(end, begin + int(share) * AT_ONCE);
-                const uint4* high = &smem.high[warp][0][lane];
-                const uint2* low = &smem.low[warp][0][lane];
+                PM_MERGE(3);
+                float top0 = sums.max[0], top1 = sums.max[1];
 #pragma unroll 1
-                for (int piece = begin; piece < stop; piece += share, high += 32, low += 32) {
-                    const float* w = smem.rows[piece - round] + PARTIAL_MAX + lane / 4;
-                    add_piece(acc, *high, *low, w[0], w[8]);
+                for (int i = from, k = 0; rank + i < pieces && i < to; i += share, ++k) {
+                    top0 = fmaxf(top0, about[8 * k].x);
+                    top1 = fmaxf(top1, about[8 * k].z);
                 }
-                __syncwarp();
-                copy_data(begin + share * AT_ONCE, end);
-            }
-            __syncthreads();    // others are through with the weights, and with the place for sums
-        }
-        float4* sums = reinterpret_cast<float4*>(smem.high[warp][0]) + lane;
+                sums.raise(top0, top1);
 #pragma unroll 1
-        for (u32 half = share / 2; half > 0; half /= 2) {
-            if (first_piece >= half && first_piece < 2 * half) {
-                sums[0] = make_float4(acc[0], acc[1], acc[2], acc[3]);
-                sums[32] = make_float4(acc[4], acc[5], acc[6], acc[7]);
+                for (int i = from; i < to; i += share, words += 32, more += 32, about += 8) {
+                    float v[8];
+                    partial_unpack(v, *words, *more);
+                    if (rank + i < pieces) sums.add(v, *about);
+                }
+                if (to == end) break;
             }
-            __syncthreads();
-            if (first_piece >= half) continue;
-            const float4* others = reinterpret_cast<const float4*>(smem.high[warp + half * together][0]) + lane;
-            const float4 x = others[0], y = others[32];
-            acc[0] += x.x, acc[1] += x.y, acc[2] += x.z, acc[3] += x.w;
-            acc[4] += y.x, acc[5] += y.y, acc[6] += y.z, acc[7] += y.w;
+            __syncwarp();
         }
-        if (share > 1) __syncthreads();
-        if (first_piece > 0) continue;
+#pragma unroll 1
+        for (u32 apart = width; apart < 32; apart *= 2) {
+            float v[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[i] = __shfl_xor_sync(0xffffffffu, sums.o[i], apart);
+            const float4 mine = sums.rows();
+            sums.merge(v, make_float4(__shfl_xor_sync(0xffffffffu, mine.x, apart), __shfl_xor_sync(0xffffffffu, mine.y, apart),
+                                    __shfl_xor_sync(0xffffffffu, mine.z, apart), __shfl_xor_sync(0xffffffffu, mine.w, apart)));
+        }
+        // Half of the warps leave their sums to the other half, until one a fragment is left.
+        const u32 place = warp >> log_together;
+#pragma unroll 1
+        for (u32 half = COMBINE_WARPS / 2 >> log_together; half > 0; half /= 2) {
+            if (place >= half) {
+                float4* to = reinterpret_cast<float4*>(smem.first[warp][0]) + lane;
+                to[0] = make_float4(sums.o[0], sums.o[1], sums.o[2], sums.o[3]);
+                to[32] = make_float4(sums.o[4], sums.o[5], sums.o[6], sums.o[7]);
+                to[64] = sums.rows();
+            }
+            named_barrier(BAR_TREE, 64 * half << log_together);
+            if (place >= half) break;
+            const float4* from = reinterpret_cast<const float4*>(smem.first[warp + (half << log_together)][0]) + lane;
+            const float4 x = from[0], y = from[32];
+            const float v[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+            sums.merge(v, from[64]);
+        }
+        PM_MERGE(4);
+        if (item + gridDim.x < units << (log_share + 1)) __syncthreads();   // others have read what they were left
+        if (place > 0 || lane >= width) continue;
+        const u32 chunk = at / 32, row = row_group * 16 + at % 32 / 4, column = chunk * 16 + at % 4 * 2;
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const u32 packed = row_group * 16 + lane / 4 + 8 * k;
+            const u32 packed = row + 8 * k;
             if (packed >= rows) break;
+            const float sum = sums.weights[k], inv = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+            if (column == 0)
+                p.lse[row_offset(p, req, kv_head, packed, p.lse_stride_b, p.lse_stride_h, p.lse_stride_s)] =
+                    sum == 0.0f ? __int_as_float(0x7f800000) : (log2_fast(sum) + sums.max[k]) * LN2;
             u16* dst = reinterpret_cast<u16*>(p.out) +
-                       row_offset(p, pieces.req, kv_head, packed, p.out_stride_b, p.out_stride_h, p.out_stride_s) +
-                       i64(chunk * (16) + lane % 4 * 2) * p.out_stride_d;
+                       row_offset(p, req, kv_head, packed, p.out_stride_b, p.out_stride_h, p.out_stride_s) + i64(column) * p.out_stride_d;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const u32 word = pack2<Elem>(acc[4 * i + 2 * k], acc[4 * i + 2 * k + 1]);
+                const u32 word = pack2<Elem>(sums.o[4 * i + 2 * k] * inv, sums.o[4 * i + 2 * k + 1] * inv);
                 if (p.flags & FLAG_OUT_VEC16) {
                     *reinterpret_cast<u32*>(dst) = word;
                 } else {
@@ -244,12 +243,14 @@ PM_DEV void combine(const DecodeParams& p) {
             }
         }
     }
-    PM_MERGE(3);
+    // A kernel that ends before the one it depends on would let the next one in the stream start before that has ended, too.
+    if (!waited) pdl_wait();
+    PM_MERGE(5);
 }
 
 }  // namespace polymla
 
-extern "C" __global__ void __launch_bounds__(1024, 1)
+extern "C" __global__ void __launch_bounds__(512, 1)
     polymla_combine_bf16(const __grid_constant__ polymla::DecodeParams p) { polymla::combine<polymla::Bf16>(p); }
-extern "C" __global__ void __launch_bounds__(1024, 1)
+extern "C" __global__ void __launch_bounds__(512, 1)
     polymla_combine_f16(const __grid_constant__ polymla::DecodeParams p) { polymla::combine<polymla::F16>(p); }

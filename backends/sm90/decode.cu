@@ -23,19 +23,6 @@
 
 namespace polymla {
 
-// Has one line of the parameters brought into the constant cache. A miss later, behind the first burst of
-// KV loads, costs two microseconds; there were several.
-PM_DEV void touch(const DecodeParams& p, u32 warp) {
-    switch (warp % 6) {
-        case 0: asm volatile("" ::"l"(p.q_nope_stride_b)); break;
-        case 1: asm volatile("" ::"l"(p.ckv)); break;
-        case 2: asm volatile("" ::"l"(p.block_table)); break;
-        case 3: asm volatile("" ::"l"(p.out_stride_s)); break;
-        case 4: asm volatile("" ::"l"(p.partial_out), "r"(p.s_q)); break;
-        case 5: asm volatile("" ::"f"(p.scale_log2)); break;
-    }
-}
-
 template <class Elem, bool ROPE, bool GATHER>
 PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const TensorMap* map_kpe, const TensorMap* map_q,
                    const TensorMap* map_q_pe) {
@@ -70,8 +57,12 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
             mbar_init(smem + Smem::p_full + i * 8, 4);
             mbar_init(smem + Smem::gate + i * 8, 1);
         }
-        st_shared(smem + Smem::seg_ready, 0);
-        st_shared(smem + Smem::seg_free, 0);
+        mbar_init(smem + Smem::inv_full, 4);
+        mbar_init(smem + Smem::inv_empty, 8);
+        for (u32 i = 0; i < SEGMENTS; ++i) {
+            mbar_init(segment_record(smem, i) + SEG_FULL, 1);
+            mbar_init(segment_record(smem, i) + SEG_EMPTY, SEG_READERS);
+        }
         mbar_init_fence();
     }
     if (!GATHER && threadIdx.x == 32) {

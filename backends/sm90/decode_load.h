@@ -1,5 +1,5 @@
 // Filling shared memory: three loader warps that do nothing else. Each walks the segments by itself: Q first,
-// as if it were a block, then the segment's KV blocks.
+// as if it were a block, then the segment's KV blocks. In a part's first segment Q comes after one block, which has the longer way.
 //
 //   warp 12  columns 0..256                      one turn of the ring of stages each
 //   warp 13  columns 256..448, the rope columns
@@ -32,6 +32,19 @@ struct RowIndex {
 
 PM_DEV void report_bad(const DecodeParams& p, int req) {
     if (p.status) atomicMin(p.status, req);
+}
+
+// Has one line of the parameters brought into the constant cache. A miss later, behind the first burst of
+// KV loads, costs two microseconds; there were several.
+PM_DEV void touch(const DecodeParams& p, u32 warp) {
+    switch (warp % 6) {
+        case 0: asm volatile("" ::"l"(p.q_nope_stride_b)); break;
+        case 1: asm volatile("" ::"l"(p.ckv)); break;
+        case 2: asm volatile("" ::"l"(p.block_table)); break;
+        case 3: asm volatile("" ::"l"(p.out_stride_s)); break;
+        case 4: asm volatile("" ::"l"(p.partial_out), "r"(p.s_q)); break;
+        case 5: asm volatile("" ::"f"(p.scale_log2)); break;
+    }
 }
 
 // A page number from the table, or 0 and a mark when there is no such page.
@@ -131,6 +144,7 @@ struct SideLoader {
         const u32 full = smem + Smem::full + SIDE * STAGES * 8;
         const u32 free = mine ? smem + Smem::empty + SIDE * STAGES * 8 : full;
         Ring kv;
+        int until_q = 1;
 #pragma unroll 1
         for (u32 seg = 0; wait_segment(smem, seg); ++seg) {
             const u32 rec = segment_record(smem, seg);
@@ -138,19 +152,20 @@ struct SideLoader {
                 leave_segment(rec);
                 continue;
             }
-            mbar_wait(free + kv.stage() * 8, kv.parity() ^ 1);
-            announce(full + kv.stage() * 8, u32(q_boxes(p, int(opaque(blockIdx.x))) * p.q_box_rows) * (GROUPS * 128));
 #pragma unroll 1
-            for (u32 cta = 0; mine && cta <= u32(PAIRED); ++cta)
-                load_q(p, map_q, smem + Smem::kv + kv.stage() * STAGE_BYTES + SIDE * RIGHT, full + kv.stage() * 8,
-                       ld_shared(rec + SEG_REQ), blockIdx.x ^ cta, cluster_rank() ^ cta);
-            kv.advance();
-#pragma unroll 1
-            for (int blk = ld_shared(rec + SEG_BEGIN); blk < ld_shared(rec + SEG_END); ++blk) {
-                const BoxAt at = locate(p, rec, blk, mine);
-                mbar_wait(free + kv.stage() * 8, kv.parity() ^ 1);
+            for (int blk = ld_shared(rec + SEG_BEGIN); until_q >= 0 || blk < ld_shared(rec + SEG_END); kv.advance()) {
                 const u32 bar = full + kv.stage() * 8;
                 u32 dst = smem + Smem::kv + kv.stage() * STAGE_BYTES + SIDE * RIGHT;
+                if (until_q-- == 0) {
+                    mbar_wait(free + kv.stage() * 8, kv.parity() ^ 1);
+                    announce(bar, u32(q_boxes(p, int(opaque(blockIdx.x))) * p.q_box_rows) * (GROUPS * 128));
+#pragma unroll 1
+                    for (u32 cta = 0; mine && cta <= u32(PAIRED); ++cta)
+                        load_q(p, map_q, dst, bar, ld_shared(rec + SEG_REQ), blockIdx.x ^ cta, cluster_rank() ^ cta);
+                    continue;
+                }
+                const BoxAt at = locate(p, rec, blk++, mine);
+                mbar_wait(free + kv.stage() * 8, kv.parity() ^ 1);
                 const int rows = min(p.page_size, BLOCK);
                 announce(bar, u32(at.count * rows) * (TILES * 128));
 #pragma unroll 1
@@ -169,8 +184,8 @@ struct SideLoader {
                     __syncwarp();
                     dst += u32(rows) * 128;
                 }
-                kv.advance();
             }
+            until_q = 0;
             leave_segment(rec);
         }
     }
@@ -204,6 +219,9 @@ struct LateLoader {
             }
 #pragma unroll 1
             for (int blk = ld_shared(rec + SEG_BEGIN); blk < ld_shared(rec + SEG_END); ++blk) {
+#ifdef PM_KEEP
+                touch(p, u32(blk));
+#endif
                 const BoxAt at = locate(p, rec, blk, true);
                 const u32 rows = u32(min(p.page_size, BLOCK));
                 const u32 buf = item & 1, bar = smem + Smem::full_tail + buf * 8;
@@ -282,23 +300,24 @@ struct GatherLoader {
 
     static PM_DEV void run_side(const DecodeParams& p, u32 smem, u32 side) {
         Ring kv;
+        int until_q = 1;
 #pragma unroll 1
         for (u32 seg = 0; wait_segment(smem, seg); ++seg) {
             const u32 rec = segment_record(smem, seg);
-            const int begin = ld_shared(rec + SEG_BEGIN);
             if (!has_blocks(rec)) {
                 leave_segment(rec);
                 continue;
             }
 #pragma unroll 1
-            for (int blk = begin - 1; blk < ld_shared(rec + SEG_END); ++blk) {     // Q is block begin - 1
+            for (int next = ld_shared(rec + SEG_BEGIN); until_q >= 0 || next < ld_shared(rec + SEG_END); kv.advance()) {
                 const u32 at = (side * STAGES + kv.stage()) * 8, stage = smem + Smem::kv + kv.stage() * STAGE_BYTES;
+                const int blk = until_q-- == 0 ? -1 : next++;
                 mbar_wait(smem + Smem::empty + at, kv.parity() ^ 1);
-                copy_tile(p, stage + side * RIGHT, rec, blk < begin ? -1 : blk, int(side) * 256, 4 - side);
-                if (ROPE && side && blk >= begin) copy_tile(p, stage + ROPE_TILE, rec, blk, DV, 1);
+                copy_tile(p, stage + side * RIGHT, rec, blk, int(side) * 256, 4 - side);
+                if (ROPE && side && blk >= 0) copy_tile(p, stage + ROPE_TILE, rec, blk, DV, 1);
                 cp_async_arrive(smem + Smem::full + at);
-                kv.advance();
             }
+            until_q = 0;
             leave_segment(rec);
         }
     }

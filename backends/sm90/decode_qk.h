@@ -15,16 +15,12 @@
 
 namespace polymla {
 
-constexpr float M_INIT = -1e30f;       // below any scaled logit, finite so that differences are
-constexpr float LN2 = 0.6931471805599453f;
 constexpr float RESCALE_STEP = 8.0f;   // lazy maximum: P <= 2^8 where it was looked at
 constexpr float HEADROOM = 2.0f;       // the largest weight is 4 to 8: f16 has no bits to lose where it becomes subnormal
 constexpr float SUM_LIMIT = 4096.0f;    // else a lane's sixteen weights of a row add up to no more than this
 
 template <class Elem, bool ROPE, bool GATHER>
 struct QkWarpgroup {
-    static constexpr bool TWO_SUMS = Elem::TWO_SUMS;
-
     // Takes Q, which lies in the stage as if it were a block, into A fragments. Columns 432..448 go to a place of their own
     // in shared memory, and the rope columns and the last 64 of the others lie in theirs already.
     static PM_DEV void take_q(u32 (&q)[27][4], u32 smem, const Ring& kv, int rows) {
@@ -70,14 +66,13 @@ struct QkWarpgroup {
     }
 
     // Raises a row's running maximum when the row's block exceeds it; returns the exponent of the factor.
-    static PM_DEV int raise(float& m, float& l, float& exact, float top) {
+    static PM_DEV int raise(float& m, float& l, float top) {
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
         if (!(top > m + RESCALE_STEP)) return 0;
         top = floorf(top) - HEADROOM;
         const int e = int(fmaxf(m - top, -127.0f));      // 2^-127 flushes to 0
         l *= exp2_fast(float(e));
-        if (TWO_SUMS) exact *= exp2_fast(float(e));
         m = top;
         return e;
     }
@@ -92,25 +87,21 @@ struct QkWarpgroup {
 
     // lse of this lane's two rows, or of a piece what the merge needs. The sums are 0 where no key was seen and NaN for an invalid
     // request.
-    static PM_DEV void store_rows(const DecodeParams& p, const float (&m)[2], const float (&l)[2], const float (&exact)[2], int req,
-                                  int slot) {
+    static PM_DEV void store_rows(const DecodeParams& p, const float (&m)[2], const float (&l)[2], int req, int slot) {
         const u32 tid = opaque(threadIdx.x);
         if (tid % 4 != 0) return;
+        if (slot >= 0) {
+            const i64 tile = partial_tile(p, slot, int(opaque(blockIdx.y)), int(opaque(blockIdx.x)));
+            *reinterpret_cast<float4*>(p.partial_rows + tile * PARTIAL_ROWS + tid) = make_float4(m[0], l[0], m[1], l[1]);
+            return;
+        }
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const int row = int(tid / 32 * 16 + tid % 32 / 4) + 8 * k;
-            if (slot >= 0) {
-                float* at = p.partial_rows + partial_tile(p, slot, int(opaque(blockIdx.y)), int(opaque(blockIdx.x))) * PARTIAL_ROWS +
-                            row / 16 * PARTIAL_GROUP + row % 16;
-                at[PARTIAL_MAX] = m[k];
-                at[PARTIAL_SUM] = l[k];
-                if (TWO_SUMS) at[PARTIAL_EXACT] = exact[k];
-                continue;
-            }
             const RowIndex r(p, int(opaque(blockIdx.x)) * TILE_M + row);
             if (r.valid)
                 p.lse[i64(req) * p.lse_stride_b + i64(r.h) * p.lse_stride_h + i64(r.s) * p.lse_stride_s] =
-                    exact[k] == 0.0f ? __int_as_float(0x7f800000) : (log2_fast(exact[k]) + m[k]) * LN2;
+                    l[k] == 0.0f ? __int_as_float(0x7f800000) : (log2_fast(l[k]) + m[k]) * LN2;
         }
     }
 
@@ -127,198 +118,178 @@ struct QkWarpgroup {
         for (u32 seg = 0; wait_segment(smem, seg); ++seg) {
             const u32 rec = segment_record(smem, seg);
             PM_MARK(0, 0, 13);
-            // l: what O is divided by. With f16 the sum of the weights as rounded, because the allowance there has no room
-            // for the rounding of a weight that dominates; lse then needs the true sum, `exact`, beside it.
-            float m[2] = {M_INIT, M_INIT}, l[2] = {0.0f, 0.0f}, exact[2] = {0.0f, 0.0f};
-            if (!has_blocks(rec)) {
+            float m[2] = {M_INIT, M_INIT}, l[2] = {0.0f, 0.0f};
+            if (has_blocks(rec)) {
+                Ring q_at = kv;
+                if (item == 0)
+                    q_at.advance();
+                else
+                    kv.advance();
+                take_q(q, smem, q_at, p.s_q * p.heads_per_kv - int(opaque(blockIdx.x)) * TILE_M);
                 mbar_wait(smem + Smem::full_q, seg & 1);
-                if (opaque(threadIdx.x) % 32 == 0) mbar_arrive(smem + Smem::done_q);
-                if (ld_shared(rec + SEG_BAD)) l[0] = l[1] = __int_as_float(0x7fc00000);
-                const int req = ld_shared(rec + SEG_REQ), slot = ld_shared(rec + SEG_SLOT);
-                leave_segment(rec);
-                store_rows(p, m, l, l, req, slot);
-                continue;
-            }
-            take_q(q, smem, kv, p.s_q * p.heads_per_kv - int(opaque(blockIdx.x)) * TILE_M);
-            mbar_wait(smem + Smem::full_q, seg & 1);
-            if (GATHER) fence_async_shared();
-            named_barrier(BAR_QK, 128);
-            kv.advance();
-            PM_MARK(0, 0, 14);
-            int left = ld_shared(rec + SEG_END) - ld_shared(rec + SEG_BEGIN);     // blocks to do
-            int masked;     // with so many or fewer left, some row of this warp is masked
-            {
-                const u32 lane = opaque(threadIdx.x) % 32, row = opaque(threadIdx.x) / 32 * 16 + lane / 4;
-                const int len = ld_shared(rec + SEG_LEN), req = ld_shared(rec + SEG_REQ), at = blockIdx.x * TILE_M + int(row);
-                const int limit0 = row_limit(p, req, len, at), limit1 = row_limit(p, req, len, at + 8);
-                if (lane % 4 == 0) {
-                    st_shared(smem + Smem::limit + row * 4, limit0);
-                    st_shared(smem + Smem::limit + row * 4 + 32, limit1);
+                if (GATHER) fence_async_shared();
+                named_barrier(BAR_QK, 128);
+                PM_MARK(0, 0, 14);
+                int left = ld_shared(rec + SEG_END) - ld_shared(rec + SEG_BEGIN);     // blocks to do
+                int masked;     // with so many or fewer left, some row of this warp is masked
+                {
+                    const u32 lane = opaque(threadIdx.x) % 32, row = opaque(threadIdx.x) / 32 * 16 + lane / 4;
+                    const int len = ld_shared(rec + SEG_LEN), req = ld_shared(rec + SEG_REQ), at = blockIdx.x * TILE_M + int(row);
+                    const int limit0 = row_limit(p, req, len, at), limit1 = row_limit(p, req, len, at + 8);
+                    if (lane % 4 == 0) {
+                        st_shared(smem + Smem::limit + row * 4, limit0);
+                        st_shared(smem + Smem::limit + row * 4 + 32, limit1);
+                    }
+                    // Rows past the last hold what was in shared memory: a maximum that nothing exceeds.
+                    const int rows = p.s_q * p.heads_per_kv;
+                    if (at >= rows) m[0] = __int_as_float(0x7f800000);
+                    if (at + 8 >= rows) m[1] = __int_as_float(0x7f800000);
+                    masked = ld_shared(rec + SEG_END) - int(__reduce_min_sync(0xffffffffu, u32(min(limit0, limit1)))) / BLOCK;
+                    __syncwarp();
                 }
-                // Rows past the last hold what was in shared memory: a maximum that nothing exceeds.
-                const int rows = p.s_q * p.heads_per_kv;
-                if (at >= rows) m[0] = __int_as_float(0x7f800000);
-                if (at + 8 >= rows) m[1] = __int_as_float(0x7f800000);
-                masked = ld_shared(rec + SEG_END) - int(__reduce_min_sync(0xffffffffu, u32(min(limit0, limit1)))) / BLOCK;
-                __syncwarp();
-            }
-            PM_MARK(0, 0, 15);
+                PM_MARK(0, 0, 15);
 
-            bool gated = false;     // the gate of the block before is left to this one's Q K^T
-            bool trusted = false;   // the running maximum is taken to serve for this block
+                bool gated = false;     // the gate of the block before is left to this one's Q K^T
+                bool trusted = false;   // the running maximum is taken to serve for this block
 #pragma unroll 1
-            for (;;) {
-                float s[32];
-                // ---- S = Q K^T
-                PM_MARK(0, item, 0);
-                const u32 stage = smem + Smem::kv + kv.stage() * STAGE_BYTES, full = smem + Smem::full + kv.stage() * 8;
-                const u32 buf = item & 1;
-                const Desc desc = desc_k_major(uniform(stage));
-                if (!gated) {
-                    mbar_wait(full, kv.parity());
-                    PM_MARK(0, item, 1);
-                    mbar_wait(full + STAGES * 8, kv.parity());
+                for (;;) {
+                    float s[32];
+                    // ---- S = Q K^T
+                    PM_MARK(0, item, 0);
+                    const u32 stage = smem + Smem::kv + kv.stage() * STAGE_BYTES, full = smem + Smem::full + kv.stage() * 8;
+                    const u32 buf = item & 1;
+                    const Desc desc = desc_k_major(uniform(stage));
+                    if (!gated) {
+                        mbar_wait(full, kv.parity());
+                        PM_MARK(0, item, 1);
+                        mbar_wait(full + STAGES * 8, kv.parity());
+                        if (GATHER) fence_async_shared();
+                    }
+                    PM_MARK(0, item, 2);
+                    fence_regs(s);
+                    wgmma_fence();
+#pragma unroll
+                    for (int k = 0; k < 16; ++k)
+                        qk_step<Elem>(s, q[k], desc + (k / 4) * (SUB >> 4) + (k % 4) * 2, k != 0);
+                    // The PV warpgroups are held at the gate anyway: P of the block before is handed over under these.
+                    if (gated) hand_over(smem, buf ^ 1, false);
+                    wgmma_fence();
+#pragma unroll
+                    for (int k = 16; k < 27; ++k)
+                        qk_step<Elem>(s, q[k], desc + (k / 4) * (SUB >> 4) + (k % 4) * 2, 1);
+                    qk_step_shared<Elem>(s, desc_q_last(smem + Smem::q_last), desc + 6 * (SUB >> 4) + 6);
+                    if (ROPE) {
+#pragma unroll
+                        for (int k = 0; k < 4; ++k)
+                            qk_step_shared<Elem>(s, desc_k_major(smem + Smem::q_rope) + k * 2, desc + (ROPE_TILE >> 4) + k * 2);
+                    }
+                    wgmma_commit();
+                    PM_MARK(0, item, 3);
+                    mbar_wait(smem + Smem::full_tail + buf * 8, (item >> 1) & 1);
                     if (GATHER) fence_async_shared();
-                }
-                PM_MARK(0, item, 2);
-                fence_regs(s);
-                wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < 16; ++k)
-                    qk_step<Elem>(s, q[k], desc + (k / 4) * (SUB >> 4) + (k % 4) * 2, k != 0);
-                // The PV warpgroups are held at the gate anyway: P of the block before is handed over under these.
-                if (gated) hand_over(smem, buf ^ 1, false);
-                wgmma_fence();
-#pragma unroll
-                for (int k = 16; k < 27; ++k)
-                    qk_step<Elem>(s, q[k], desc + (k / 4) * (SUB >> 4) + (k % 4) * 2, 1);
-                qk_step_shared<Elem>(s, desc_q_last(smem + Smem::q_last), desc + 6 * (SUB >> 4) + 6);
-                if (ROPE) {
+                    wgmma_fence();
 #pragma unroll
                     for (int k = 0; k < 4; ++k)
-                        qk_step_shared<Elem>(s, desc_k_major(smem + Smem::q_rope) + k * 2, desc + (ROPE_TILE >> 4) + k * 2);
-                }
-                wgmma_commit();
-                PM_MARK(0, item, 3);
-                mbar_wait(smem + Smem::full_tail + buf * 8, (item >> 1) & 1);
-                if (GATHER) fence_async_shared();
-                wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < 4; ++k)
-                    qk_step_shared<Elem>(s, desc_k_major(smem + Smem::q_tail) + k * 2,
-                                         desc_k_major(smem + Smem::tail + buf * SUB) + k * 2);
-                wgmma_commit();
-                wgmma_wait<1>();
-                if (gated && threadIdx.x == 0) mbar_arrive(smem + Smem::gate + (buf ^ 1) * 8);
-                gated = false;
-                PM_MARK(0, item, 4);
-                wgmma_wait<0>();
-                fence_regs(s);
-                PM_MARK(0, item, 5);
+                        qk_step_shared<Elem>(s, desc_k_major(smem + Smem::q_tail) + k * 2,
+                                             desc_k_major(smem + Smem::tail + buf * SUB) + k * 2);
+                    wgmma_commit();
+                    wgmma_wait<1>();
+                    if (gated && threadIdx.x == 0) mbar_arrive(smem + Smem::gate + (buf ^ 1) * 8);
+                    gated = false;
+                    PM_MARK(0, item, 4);
+                    wgmma_wait<0>();
+                    fence_regs(s);
+                    PM_MARK(0, item, 5);
 
-                // ---- mask
-                const u32 tid = opaque(threadIdx.x), warp = tid / 32, lane = tid % 32;
-                if (left <= masked) {
-                    const u32 at = smem + Smem::limit + (warp * 16 + lane / 4) * 4;
-                    const int tok = (ld_shared(segment_record(smem, opaque(seg)) + SEG_END) - left) * BLOCK + int(lane % 4) * 2;
-                    const int limit0 = ld_shared(at), limit1 = ld_shared(at + 32);
+                    // ---- mask
+                    const u32 tid = opaque(threadIdx.x), warp = tid / 32, lane = tid % 32;
+                    if (left <= masked) {
+                        const u32 at = smem + Smem::limit + (warp * 16 + lane / 4) * 4;
+                        const int tok = (ld_shared(segment_record(smem, opaque(seg)) + SEG_END) - left) * BLOCK + int(lane % 4) * 2;
+                        const int limit0 = ld_shared(at), limit1 = ld_shared(at + 32);
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) {
-                        if (tok + 8 * i >= limit0) s[4 * i] = -__int_as_float(0x7f800000);
-                        if (tok + 8 * i + 1 >= limit0) s[4 * i + 1] = -__int_as_float(0x7f800000);
-                        if (tok + 8 * i >= limit1) s[4 * i + 2] = -__int_as_float(0x7f800000);
-                        if (tok + 8 * i + 1 >= limit1) s[4 * i + 3] = -__int_as_float(0x7f800000);
-                    }
-                }
-                // ---- running maximum; each lane looks at its own logits, the quad only meets when it moves
-                const float scale = p.scale_log2;
-                bool rescale = false;
-                if (!trusted) {
-                    const float top0 = fmaxf(max_of<0>(s), max_of<16>(s)) * scale;
-                    const float top1 = fmaxf(max_of<2>(s), max_of<18>(s)) * scale;
-                    rescale = __any_sync(0xffffffffu, top0 > m[0] + RESCALE_STEP || top1 > m[1] + RESCALE_STEP);
-                    if (rescale) {
-                        // Exponents: the factor is a power of two, so rescaling is exact.
-                        const int e0 = raise(m[0], l[0], exact[0], top0), e1 = raise(m[1], l[1], exact[1], top1);
-                        if (lane % 4 == 0) {
-                            const u32 at = smem + Smem::scale + buf * 64 + warp * 16 + lane / 4;
-                            asm volatile("st.shared.s8 [%0], %1;" ::"r"(at), "r"(e0) : "memory");
-                            asm volatile("st.shared.s8 [%0], %1;" ::"r"(at + 8), "r"(e1) : "memory");
+                        for (int i = 0; i < 8; ++i) {
+                            if (tok + 8 * i >= limit0) s[4 * i] = -__int_as_float(0x7f800000);
+                            if (tok + 8 * i + 1 >= limit0) s[4 * i + 1] = -__int_as_float(0x7f800000);
+                            if (tok + 8 * i >= limit1) s[4 * i + 2] = -__int_as_float(0x7f800000);
+                            if (tok + 8 * i + 1 >= limit1) s[4 * i + 3] = -__int_as_float(0x7f800000);
                         }
                     }
-                }
-                if (lane == 0) st_shared(smem + Smem::rescale + buf * 16 + warp * 4, rescale);
-
-                // ---- P = 2^(scale * S - m), row sums
-                float sum[2] = {0, 0};
-#pragma unroll
-                for (int i = 0; i < 32; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -m[(i >> 1) & 1]));
-#pragma unroll
-                for (int i = 0; i < 32; ++i) sum[(i >> 1) & 1] += s[i];
-                // All four warps are done with the rope columns, whose place P takes; and with any weight too large the block is
-                // done again, after a look at its maximum.
-                if (barrier_or(BAR_QK, 128, trusted && fmaxf(sum[0], sum[1]) > SUM_LIMIT)) {
-                    trusted = false;
-                    continue;
-                }
-                trusted = true;
-                if (TWO_SUMS) {
-                    exact[0] += sum[0];
-                    exact[1] += sum[1];
-#pragma unroll
-                    for (int i = 0; i < 32; ++i) {
-                        s[i] = round_to<Elem>(s[i]);
-                        l[(i >> 1) & 1] += s[i];
+                    // ---- running maximum; each lane looks at its own logits, the quad only meets when it moves
+                    const float scale = p.scale_log2;
+                    bool rescale = false;
+                    if (!trusted) {
+                        const float top0 = fmaxf(max_of<0>(s), max_of<16>(s)) * scale;
+                        const float top1 = fmaxf(max_of<2>(s), max_of<18>(s)) * scale;
+                        rescale = __any_sync(0xffffffffu, top0 > m[0] + RESCALE_STEP || top1 > m[1] + RESCALE_STEP);
+                        if (rescale) {
+                            // Exponents: the factor is a power of two, so rescaling is exact.
+                            const int e0 = raise(m[0], l[0], top0), e1 = raise(m[1], l[1], top1);
+                            if (lane % 4 == 0) {
+                                const u32 at = smem + Smem::scale + buf * 64 + warp * 16 + lane / 4;
+                                st_shared_i8(at, e0);
+                                st_shared_i8(at + 8, e1);
+                            }
+                        }
                     }
-                } else {
+                    if (lane == 0) st_shared_i8(smem + Smem::rescale + buf * 4 + warp, rescale);
+
+                    // ---- P = 2^(scale * S - m), row sums
+                    float sum[2] = {0, 0};
+#pragma unroll
+                    for (int i = 0; i < 32; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -m[(i >> 1) & 1]));
+#pragma unroll
+                    for (int i = 0; i < 32; ++i) sum[(i >> 1) & 1] += s[i];
+                    // All four warps are done with the rope columns, whose place P takes; and with any weight too large the block is
+                    // done again, after a look at its maximum.
+                    if (barrier_or(BAR_QK, 128, trusted && fmaxf(sum[0], sum[1]) > SUM_LIMIT)) {
+                        trusted = false;
+                        continue;
+                    }
+                    trusted = true;
                     l[0] += sum[0];
                     l[1] += sum[1];
-                }
-                const u32 tile = stage + ROPE_TILE + warp * 2048;
+                    const u32 tile = stage + ROPE_TILE + warp * 2048;
 #pragma unroll
-                for (int i = 0; i < 8; i += 2)
-                    stmatrix_x4(tile + swizzle(lane % 16, i + lane / 16), pack2<Elem>(s[4 * i], s[4 * i + 1]),
-                                pack2<Elem>(s[4 * i + 2], s[4 * i + 3]), pack2<Elem>(s[4 * i + 4], s[4 * i + 5]),
-                                pack2<Elem>(s[4 * i + 6], s[4 * i + 7]));
-                PM_MARK(0, item, 7);
-                kv.advance();
-                ++item;
-                if (--left == 0) break;
-                const u32 next = smem + Smem::full + kv.stage() * 8;
-                gated = !GATHER && __all_sync(0xffffffffu, mbar_test(next, kv.parity()) &&
-                                                               mbar_test(next + STAGES * 8, kv.parity()));
-                if (!gated) hand_over(smem, buf, true);
+                    for (int i = 0; i < 8; i += 2)
+                        stmatrix_x4(tile + swizzle(lane % 16, i + lane / 16), pack2<Elem>(s[4 * i], s[4 * i + 1]),
+                                    pack2<Elem>(s[4 * i + 2], s[4 * i + 3]), pack2<Elem>(s[4 * i + 4], s[4 * i + 5]),
+                                    pack2<Elem>(s[4 * i + 6], s[4 * i + 7]));
+                    PM_MARK(0, item, 7);
+                    kv.advance();
+                    if (item++ == 0) kv.advance();      // Q had that turn
+                    if (--left == 0) {
+                        hand_over(smem, buf, true);
+                        break;
+                    }
+                    const u32 next = smem + Smem::full + kv.stage() * 8;
+                    gated = !GATHER && __all_sync(0xffffffffu, mbar_test(next, kv.parity()) &&
+                                                                   mbar_test(next + STAGES * 8, kv.parity()));
+                    if (!gated) hand_over(smem, buf, true);
+                }
+            } else {
+                mbar_wait(smem + Smem::full_q, seg & 1);
             }
             if (opaque(threadIdx.x) % 32 == 0) mbar_arrive(smem + Smem::done_q);
             l[0] += __shfl_xor_sync(0xffffffffu, l[0], 1);
             l[1] += __shfl_xor_sync(0xffffffffu, l[1], 1);
             l[0] += __shfl_xor_sync(0xffffffffu, l[0], 2);
             l[1] += __shfl_xor_sync(0xffffffffu, l[1], 2);
-            if (TWO_SUMS) {
-                exact[0] += __shfl_xor_sync(0xffffffffu, exact[0], 1);
-                exact[1] += __shfl_xor_sync(0xffffffffu, exact[1], 1);
-                exact[0] += __shfl_xor_sync(0xffffffffu, exact[0], 2);
-                exact[1] += __shfl_xor_sync(0xffffffffu, exact[1], 2);
-            } else {
-                exact[0] = l[0];
-                exact[1] = l[1];
-            }
-            if (ld_shared(segment_record(smem, opaque(seg)) + SEG_BAD))
-                l[0] = l[1] = exact[0] = exact[1] = __int_as_float(0x7fc00000);
-            // The segment before may still be about to read its factors when this one was a single block.
-            while (ld_acquire(smem + Smem::seg_free) < 8 * seg) {}
-            const u32 tid = opaque(threadIdx.x);
             const u32 record = segment_record(smem, opaque(seg));
-            const int slot = ld_shared(record + SEG_SLOT);
+            if (ld_shared(record + SEG_BAD)) l[0] = l[1] = __int_as_float(0x7fc00000);
+            // The segment before may still be about to read its factors when this one was a single block.
+            mbar_wait(smem + Smem::inv_empty, (seg & 1) ^ 1);
+            const u32 tid = opaque(threadIdx.x);
             if (tid % 4 == 0) {
                 const u32 at = smem + Smem::inv + (tid / 32 * 16 + tid % 32 / 4) * 4;
                 st_shared_f(at, l[0] == 0.0f ? 0.0f : __fdividef(1.0f, l[0]));
                 st_shared_f(at + 32, l[1] == 0.0f ? 0.0f : __fdividef(1.0f, l[1]));
             }
-            const int req = ld_shared(record + SEG_REQ);
+            __syncwarp();
+            if (tid % 32 == 0) mbar_arrive(smem + Smem::inv_full);
+            const int req = ld_shared(record + SEG_REQ), slot = ld_shared(record + SEG_SLOT);
             leave_segment(record);
-            hand_over(smem, (item - 1) & 1, true);
-            store_rows(p, m, l, exact, req, slot);
+            store_rows(p, m, l, req, slot);
         }
     }
 };

@@ -19,16 +19,14 @@ PM_DEV int row_limit(const DecodeParams& p, int req, int len, int row) {
 // Writes record `seg` once its slot is free.
 PM_DEV void publish(u32 smem, u32 seg, int req, int begin, int end, int len, int slot, int bad) {
     const u32 rec = segment_record(smem, seg);
-    if (seg >= SEGMENTS)
-        while (ld_acquire(rec + SEG_USERS) < SEG_READERS) __nanosleep(100);
+    mbar_wait(rec + SEG_EMPTY, seg / SEGMENTS & 1 ^ 1);
     st_shared(rec + SEG_REQ, req);
     st_shared(rec + SEG_BEGIN, begin);
     st_shared(rec + SEG_END, end);
     st_shared(rec + SEG_LEN, len);
     st_shared(rec + SEG_SLOT, slot);
     st_shared(rec + SEG_BAD, bad);
-    st_shared(rec + SEG_USERS, 0);
-    st_release(smem + Smem::seg_ready, seg + 1);
+    mbar_arrive(rec + SEG_FULL);
 }
 
 // By one thread. It has few registers: its PartMeta lies in shared memory. `ahead` is the first request's length if that is one of
@@ -39,8 +37,8 @@ PM_DEV void walk(const DecodeParams& p, u32 smem, const PartMeta& m, int ahead) 
         st_shared(part + 0, m.begin_req);
         st_shared(part + 4, m.end_req);
         st_shared(part + 12, m.end_block);
-        st_shared(part + 20, m.first_req_split);
-        st_shared(part + 24, m.last_req_split);
+        st_shared(part + 16, m.first_req_split);
+        st_shared(part + 20, m.last_req_split);
         st_shared(part + 8, m.begin_block);
     }
     int req = ld_shared(part) >= 0 ? ld_shared(part) : p.b, begin = max(ld_shared(part + 8), 0);
@@ -62,7 +60,7 @@ PM_DEV void walk(const DecodeParams& p, u32 smem, const PartMeta& m, int ahead) 
             if (req == ld_shared(part + 4)) end = min(end, ld_shared(part + 12));
             if (end > stop) end = next_begin = stop;
         } else {
-            if ((req == ld_shared(part) && ld_shared(part + 20)) || (req == ld_shared(part + 4) && ld_shared(part + 24)))
+            if ((req == ld_shared(part) && ld_shared(part + 16)) || (req == ld_shared(part + 4) && ld_shared(part + 20)))
                 slot = 2 * int(blockIdx.z) + (req == ld_shared(part) ? 0 : 1);
             if (req == ld_shared(part + 4)) end = min(end, ld_shared(part + 12));
         }

@@ -71,7 +71,7 @@ struct DecodeParams {
     const int* num_splits;      // [b + 1], cumulative
     const Owner* owners;        // [1 + up to b], made with the schedule
     void* partial_out;          // [slots, h_kv, m_tiles, 64 * 512], three bytes a value in fragment order (tile.h)
-    float* partial_rows;        // [slots, h_kv, m_tiles, 4 row groups, 3, 16] (tile.h)
+    float* partial_rows;        // [slots, h_kv, m_tiles, 64, 2] (tile.h)
     int* status;                // one int, or null: smallest request index found invalid (atomicMin)
 
     int b, s_q, h_q, h_kv;

@@ -19,9 +19,10 @@ PM_DEV float exp2_fast(float x) {
 
 // Time stamps for the timeline in docs/sm90-decode.md: one CTA, one thread a warpgroup.
 #ifdef POLYMLA_PROFILE
-__device__ u32 polymla_marks[7][64][16];
+constexpr u32 MARKED = 256;     // blocks
+__device__ u32 polymla_marks[7][MARKED][16];
 __device__ u64 polymla_times[1024][2];
-__device__ u64 polymla_merge_times[1024][4];
+__device__ u64 polymla_merge_times[1024][6];
 PM_DEV void mark_merge(u32 which) {
     if (threadIdx.x == 0) asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(polymla_merge_times[blockIdx.x][which])::"memory");
 }
@@ -32,7 +33,7 @@ PM_DEV void mark_time(u32 which) {
 }
 #define PM_TIME(which) mark_time(which)
 PM_DEV void mark(u32 group, u32 item, u32 event) {
-    if (threadIdx.x % (threadIdx.x < 384 ? 128 : 32) == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 3 && item < 64) {
+    if (threadIdx.x % (threadIdx.x < 384 ? 128 : 32) == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 3 && item < MARKED) {
         u32 t;
         asm volatile("mov.u32 %0, %%clock;" : "=r"(t)::"memory");
         polymla_marks[group][item][event] = t;
@@ -131,7 +132,7 @@ PM_DEV void mbar_arrive_cluster(u32 addr) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(addr) : "memory");
 }
 
-// ---- clusters, counters in shared memory -----------------------------------
+// ---- clusters -----------------------------------
 
 PM_DEV u32 cluster_size() {
     u32 n;
@@ -145,18 +146,6 @@ PM_DEV u32 cluster_rank() {
 }
 PM_DEV void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-PM_DEV u32 ld_acquire(u32 addr) {
-    u32 v;
-    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
-    return v;
-}
-PM_DEV void st_release(u32 addr, u32 v) {
-    asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
-}
-PM_DEV void add_release(u32 addr, u32 v) {
-    asm volatile("red.release.cta.shared::cta.add.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
 }
 
 // ---- proxies, named barriers, launch control ----------------------
@@ -270,6 +259,16 @@ PM_DEV void stmatrix_x4(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b),
                  "r"(c), "r"(d)
                  : "memory");
+}
+
+PM_DEV uint4 ld_shared_v4(u32 addr) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(addr) : "memory");
+    return v;
+}
+
+PM_DEV void st_global_v4(void* addr, const uint4& v) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 PM_DEV void st_shared_v4(u32 addr, u32 a, u32 b, u32 c, u32 d) {

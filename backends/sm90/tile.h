@@ -11,6 +11,9 @@ constexpr int BLOCK = 64;         // tokens per KV block
 constexpr int DV = 512;           // head_dim_v; columns of the latent part of K
 constexpr int STAGES = 3;         // KV blocks in shared memory
 
+constexpr float M_INIT = -1e30f;  // below any scaled logit, finite so that differences are
+constexpr float LN2 = 0.6931471805599453f;
+
 // A sub-tile is 64 rows x 64 16-bit columns, 128 bytes a row, in the 128-byte
 // swizzle that TMA writes and wgmma reads: 16-byte unit u of row r lies at u ^ (r & 7).
 constexpr u32 SUB = 64 * 128;
@@ -29,15 +32,13 @@ struct Smem {
     static constexpr u32 q_tail = q_rope + SUB;             // columns 448..512 of Q
     static constexpr u32 q_last = q_tail + SUB;             // columns 432..448 of Q, no swizzle, 2 KiB
     static constexpr u32 scale = q_last + 2048;             // i8 [2][64]: exponent of the factor for O
-    static constexpr u32 rescale = scale + 128;             // i32 [2][4]: this warp's rows need `scale`
-    static constexpr u32 limit = rescale + 32;              // i32 [64]: keys each row of the segment sees
+    static constexpr u32 rescale = scale + 128;             // i8 [2][4]: this warp's rows need `scale`
+    static constexpr u32 limit = rescale + 8;               // i32 [64]: keys each row of the segment sees
     static constexpr u32 inv = limit + 256;                 // f32 [64]: 1 / row sum, at the end of a segment
-    static constexpr u32 segment = inv + 256;               // [SEGMENTS] records of 28 bytes
-    static constexpr u32 part = segment + SEGMENTS * 28;    // the walker's copy of its PartMeta
-    static constexpr u32 seg_ready = part + 32;          // u32: records written
-    static constexpr u32 seg_free = seg_ready + 4;          // u32: segments whose factors are read, counted once by each PV warp
+    static constexpr u32 segment = inv + 256;               // [SEGMENTS] records of 40 bytes, below
+    static constexpr u32 part = segment + SEGMENTS * 40;    // i32 [6]: the walker's copy of its PartMeta
     // Barriers. `full`: bytes have landed; `empty`: everyone is done with them.
-    static constexpr u32 full = seg_free + 4;               // [2][STAGES] columns 0..256; 256..448 and rope
+    static constexpr u32 full = part + 24;                  // [2][STAGES] columns 0..256; 256..448 and rope
     static constexpr u32 empty = full + 2 * STAGES * 8;     // [2][STAGES] (in both CTAs of a pair)
     static constexpr u32 full_tail = empty + 2 * STAGES * 8;    // [2]
     static constexpr u32 empty_tail = full_tail + 16;       // [2] and P V is under way in both halves
@@ -45,9 +46,11 @@ struct Smem {
     static constexpr u32 done_q = full_q + 8;               // the segment's last Q K^T has read them
     static constexpr u32 p_full = done_q + 8;               // [2] P is in shared memory
     static constexpr u32 gate = p_full + 16;                // [2] P V may start
-    static constexpr u32 total = gate + 16;
+    static constexpr u32 inv_full = gate + 16;              // `inv` is written
+    static constexpr u32 inv_empty = inv_full + 8;          // and read
+    static constexpr u32 total = inv_empty + 8;
 };
-static_assert(Smem::full % 8 == 0, "mbarriers are 8 bytes");
+static_assert(Smem::full % 8 == 0 && Smem::segment % 8 == 0, "mbarriers are 8 bytes");
 static_assert(Smem::total <= 232448, "one CTA has 227 KiB of shared memory");
 
 // Named barriers (0 is __syncthreads).
@@ -91,31 +94,29 @@ PM_DEV u32 pack2<F16>(float lo, float hi) {
     return r;
 }
 
-// pack2, and stored: one statement, because ptxas would pack whole rows of accumulators first, and spill.
+// Packing and storing in one statement each, because ptxas would pack all accumulators first, and spill: two neighbouring 8 x 8
+// blocks of 16 rows to shared memory; two values to different places.
 template <class Elem>
-PM_DEV void store2(void* dst, float lo, float hi);
-template <>
-PM_DEV void store2<Bf16>(void* dst, float lo, float hi) {
-    asm volatile("{\n .reg .b32 w;\n cvt.rn.bf16x2.f32 w, %1, %2;\n st.global.b32 [%0], w;\n}\n" ::"l"(dst), "f"(hi), "f"(lo)
-                 : "memory");
-}
-template <>
-PM_DEV void store2<F16>(void* dst, float lo, float hi) {
-    asm volatile("{\n .reg .b32 w;\n cvt.rn.f16x2.f32 w, %1, %2;\n st.global.b32 [%0], w;\n}\n" ::"l"(dst), "f"(hi), "f"(lo)
-                 : "memory");
-}
-
-// The value that pack2 keeps.
+PM_DEV void stmatrix_packed(u32 addr, const float* v);
 template <class Elem>
-PM_DEV float round_to(float x);
-template <>
-PM_DEV float round_to<Bf16>(float x) { return __uint_as_float(pack2<Bf16>(0.0f, x) & 0xffff0000u); }
-template <>
-PM_DEV float round_to<F16>(float x) {
-    float r;
-    asm("{\n .reg .b16 h;\n cvt.rn.f16.f32 h, %1;\n cvt.f32.f16 %0, h;\n}\n" : "=f"(r) : "f"(x));
-    return r;
-}
+PM_DEV void scatter2(u16* dst, i64 apart, float lo, float hi);
+#define PM_STORE_PACKED(ELEM, CVT)                                                                                          \
+    template <>                                                                                                            \
+    PM_DEV void stmatrix_packed<ELEM>(u32 addr, const float* v) {                                                          \
+        asm volatile("{\n .reg .b32 a, b, c, d;\n " CVT " a, %2, %1;\n " CVT " b, %4, %3;\n " CVT " c, %6, %5;\n " CVT        \
+                     " d, %8, %7;\n stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {a, b, c, d};\n}\n" ::"r"(addr),        \
+                     "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "f"(v[4]), "f"(v[5]), "f"(v[6]), "f"(v[7])                 \
+                     : "memory");                                                                                          \
+    }                                                                                                                      \
+    template <>                                                                                                            \
+    PM_DEV void scatter2<ELEM>(u16* dst, i64 apart, float lo, float hi) {                                                  \
+        asm volatile("{\n .reg .b32 w;\n .reg .b16 a, b;\n " CVT " w, %3, %2;\n mov.b32 {a, b}, w;\n"                       \
+                     " st.global.b16 [%0], a;\n st.global.b16 [%1], b;\n}\n" ::"l"(dst), "l"(dst + apart), "f"(lo), "f"(hi) \
+                     : "memory");                                                                                          \
+    }
+PM_STORE_PACKED(Bf16, "cvt.rn.bf16x2.f32")
+PM_STORE_PACKED(F16, "cvt.rn.f16x2.f32")
+#undef PM_STORE_PACKED
 
 // Shared-memory loads and stores by 32-bit address.
 PM_DEV int ld_shared(u32 addr) {
@@ -126,52 +127,71 @@ PM_DEV int ld_shared(u32 addr) {
 PM_DEV float ld_shared_f(u32 addr) { return __int_as_float(ld_shared(addr)); }
 PM_DEV void st_shared(u32 addr, int v) { asm volatile("st.shared.s32 [%0], %1;" ::"r"(addr), "r"(v) : "memory"); }
 PM_DEV void st_shared_f(u32 addr, float v) { st_shared(addr, __float_as_int(v)); }
+PM_DEV int ld_shared_i8(u32 addr) {
+    int v;
+    asm volatile("ld.shared.s8 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
+    return v;
+}
+PM_DEV void st_shared_i8(u32 addr, int v) { asm volatile("st.shared.s8 [%0], %1;" ::"r"(addr), "r"(v) : "memory"); }
 
 // ---- segments ------------------------------------------------------------------------
 // A segment is one request's blocks [begin, end) within a part. The walker writes them as records
 // into a ring in shared memory; each role reads what it needs. Without blocks nothing is loaded or multiplied, but
 // results are written.
-// Record: i32 req (-1 ends the part), begin, end, len, slot, bad, users
+// Record: i32 req (-1 ends the part), begin, end, len, slot, bad; then two mbarriers
 //   len   keys of the request;  slot  where the partial result goes, -1 for a whole request
 //   bad   the length is invalid, or an invalid table entry was met
-//   users warps that are done with the record: each role goes through segments without blocks at its own pace, so that only
-//         a count of all of them, per record, says when its place is free
-constexpr u32 SEG_BYTES = 28;
+//   full  it is written;  empty  all warps are done with it: each role goes through segments without blocks at its own pace, so
+//         that only a count of all of them says when its place is free
+constexpr u32 SEG_BYTES = 40;
 constexpr u32 SEG_READERS = 15;     // all warps but the walker's
-enum SegField { SEG_REQ = 0, SEG_BEGIN = 4, SEG_END = 8, SEG_LEN = 12, SEG_SLOT = 16, SEG_BAD = 20, SEG_USERS = 24 };
+enum SegField { SEG_REQ = 0, SEG_BEGIN = 4, SEG_END = 8, SEG_LEN = 12, SEG_SLOT = 16, SEG_BAD = 20, SEG_FULL = 24, SEG_EMPTY = 32 };
+static_assert(Smem::part == Smem::segment + SEGMENTS * SEG_BYTES, "records");
 PM_DEV u32 segment_record(u32 smem, u32 seg) { return smem + Smem::segment + (seg % SEGMENTS) * SEG_BYTES; }
 
 PM_DEV bool has_blocks(u32 rec) { return ld_shared(rec + SEG_BEGIN) < ld_shared(rec + SEG_END); }
 
 // Waits for record `seg`; false past the part's last segment.
 PM_DEV bool wait_segment(u32 smem, u32 seg) {
-    while (ld_acquire(smem + Smem::seg_ready) <= seg) {}
-    return ld_shared(segment_record(smem, seg) + SEG_REQ) >= 0;
+    const u32 rec = segment_record(smem, seg);
+    mbar_wait(rec + SEG_FULL, seg / SEGMENTS & 1);
+    return ld_shared(rec + SEG_REQ) >= 0;
 }
 
 // This warp will not read or mark the record any more.
 PM_DEV void leave_segment(u32 rec) {
     __syncwarp();
-    if (opaque(threadIdx.x) % 32 == 0) add_release(rec + SEG_USERS, 1);
+    if (opaque(threadIdx.x) % 32 == 0) mbar_arrive(rec + SEG_EMPTY);
 }
 
 // ---- partial results -----------------------------------------------------------------------
 // O of a piece, as accumulated: not divided by its sum. Of each f32 the lowest byte is dropped: 2^-15 of every value, whatever its
-// size, for a quarter less to write and read again, which is what small batches wait for.
+// size, for a quarter less to write and read again, which is what small batches wait for. Of four values of a row, the bytes of
+// the last take the place of those dropped in the others.
 //
 // [slot][h_kv][m_tile][row group of 16][chunk of 16 columns, 0..32][lane 0..32]: accumulator fragments, eight values a lane.
 // Lane (g, t) = (lane / 4, lane % 4) has of the chunk's first n8 block row g, columns 2t, 2t + 1, then row g + 8; then the same of
-// the second. Two arrays, so that a warp stores and reads whole lines: 16 bytes a lane with the upper halves, and at
-// PARTIAL_LOW_BYTES 8 bytes a lane with the third bytes.
+// the second. Two arrays, so that a warp stores and reads whole lines: 16 bytes a lane with the first four words, and at
+// PARTIAL_REST 8 bytes a lane with the other two.
 //
-// Beside it [slot][h_kv][m_tile][row group][3][16] f32, a number per row each: for f16 the sum of the weights before rounding, the
-// maximum that weights are relative to, their sum. A logarithm of the sum would not do instead of these two: with
-// logits of thousands f32 has too few bits for it.
+// Beside it [slot][h_kv][m_tile][row group][g 0..8][4] f32: the maximum that the weights of row g are relative to, and their
+// sum; then those of row g + 8. A logarithm of the sum would not do instead: with logits of thousands f32 has too few bits for it.
 constexpr int CHUNKS = 32;                              // in a row group
 constexpr int CHUNK_LANES = 4 * CHUNKS * 32;            // in a tile
-constexpr int PARTIAL_LOW_BYTES = CHUNK_LANES * 16;     // within a tile
+constexpr int PARTIAL_REST = CHUNK_LANES * 16;          // within a tile
 constexpr int PARTIAL_BYTES = CHUNK_LANES * 24;         // of a tile
-constexpr int PARTIAL_EXACT = 0, PARTIAL_MAX = 16, PARTIAL_SUM = 32, PARTIAL_GROUP = 3 * 16, PARTIAL_ROWS = 4 * PARTIAL_GROUP;
+constexpr int PARTIAL_ROWS = TILE_M * 2;                // floats of a tile
+
+// The lowest byte of each is some other's: less than was dropped. What is not finite becomes NaN, as it would on division.
+PM_DEV void partial_unpack(float (&v)[8], const uint4& first, const uint2& rest) {
+    const u32 w[6] = {first.x, first.y, first.z, first.w, rest.x, rest.y};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int k = 0; k < 3; ++k) v[2 * i + k + (k & 2)] = __uint_as_float(w[3 * i + k]);
+        v[2 * i + 5] = __uint_as_float(__byte_perm(__byte_perm(w[3 * i], w[3 * i + 1], 0x0400), w[3 * i + 2], 0x4210));
+    }
+}
 PM_DEV i64 partial_tile(const DecodeParams& p, int slot, int kv_head, int m_tile) {
     return (i64(slot) * p.h_kv + kv_head) * p.m_tiles + m_tile;
 }

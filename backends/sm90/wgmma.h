@@ -14,9 +14,8 @@
 
 namespace polymla {
 
-// TWO_SUMS: weights are summed as rounded for O, and as they are for lse.
-struct Bf16 { static constexpr bool TWO_SUMS = false; };
-struct F16 { static constexpr bool TWO_SUMS = true; };
+struct Bf16 {};
+struct F16 {};
 
 // A matrix descriptor in two words. Steps only move the address, in the lower one: 64-bit sums would cost four more instructions
 // each, and instructions that run for the first time are slow to come.

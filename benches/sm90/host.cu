@@ -115,7 +115,7 @@ extern "C" int pm_decode(const DecodeParams* p, const TensorMap* maps, int f16, 
     if (!combine_ctas) return 0;
     cudaLaunchConfig_t c2 = {};
     c2.gridDim = dim3(combine_ctas);
-    c2.blockDim = dim3(1024);
+    c2.blockDim = dim3(512);
     c2.dynamicSmemBytes = sizeof(CombineSmem);
     c2.stream = (cudaStream_t)stream;
     c2.attrs = attr;

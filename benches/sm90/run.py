@@ -81,7 +81,7 @@ class Call:
         max_blocks = (table.shape[1] * page + 63) // 64
         slots = b * ((max_blocks + fixed - 1) // fixed) if fixed else 2 * num_parts
         self.pout = torch.full((slots * h_kv * m_tiles, 64 * 512), float("nan"), dtype=torch.float32, device=dev)
-        self.plse = torch.full((slots * h_kv * m_tiles, 3 * 64), float("nan"), dtype=torch.float32, device=dev)
+        self.plse = torch.full((slots * h_kv * m_tiles, 2 * 64), float("nan"), dtype=torch.float32, device=dev)
         if split_layout:
             qn, qp = q[..., :512].contiguous(), q[..., 512:].contiguous()
             ckv, kpe = kv[..., :512].contiguous(), kv[..., 512:].contiguous()

@@ -2,7 +2,8 @@
 
 Every warp of backends/sm90/decode_*.h is a coroutine that waits, arrives and reads as its kernel code does; nothing is computed.
 Random schedules make some warps much faster than others, as caches and fetching do on the card. A run fails when a warp reads a
-segment record or a factor that is not its segment's, when a barrier gets one arrival too many, and when no one can go on.
+segment record or a factor that is not its segment's, when a stage is filled under its reader, when a barrier gets one arrival too
+many, and when no one can go on.
 
 FAULTS are planted one at a time and have to be found. The first is one that the kernel had: with more segments without keys in a
 row than there are records it ended in an illegal instruction.
@@ -11,7 +12,8 @@ import random
 import sys
 
 SEGMENTS, STAGES, READERS = 4, 3, 15
-FAULTS = ("records counted by P V alone", "factors written without waiting", "stage given back by one half")
+FAULTS = ("records counted by P V alone", "factors written without waiting", "stage given back by one half",
+          "last stage given back before O has gone through it")
 
 
 class Barrier:
@@ -47,9 +49,13 @@ class Ring:
 class Cta:
     def __init__(self, segments, fault, rng):
         self.segments, self.fault, self.rng = segments, fault, rng      # blocks of each segment
-        self.records, self.users = [None] * SEGMENTS, [0] * SEGMENTS
-        self.ready = self.free = 0
-        self.factor = None
+        self.whole = [rng.random() < 0.5 for _ in segments]     # not a piece: O goes out by way of the last block's place
+        self.records = [None] * SEGMENTS
+        self.record_full = [Barrier(1) for _ in range(SEGMENTS)]
+        self.record_empty = [Barrier(8 if fault == FAULTS[0] else READERS) for _ in range(SEGMENTS)]
+        self.factors = [None] * 4       # each Q K^T warp writes those of its rows
+        self.inv_full, self.inv_empty = Barrier(4), Barrier(8)
+        self.content = [[None] * STAGES for _ in range(2)]      # turns
         self.full = [[Barrier(1) for _ in range(STAGES)] for _ in range(2)]
         self.empty = [[Barrier(4 * (side + 1)) for _ in range(STAGES)] for side in range(2)]
         self.full_q, self.done_q = Barrier(1), Barrier(4)
@@ -65,24 +71,23 @@ class Cta:
     def walker(self):
         for segment in range(len(self.segments) + 1):
             at = segment % SEGMENTS
-            while segment >= SEGMENTS and not (self.free >= 8 * (segment - SEGMENTS + 1) if self.fault == FAULTS[0]
-                                               else self.users[at] == READERS):
+            while not self.record_empty[at].done(segment // SEGMENTS & 1 ^ 1):
                 yield
             self.records[at] = (segment, self.segments[segment] if segment < len(self.segments) else None)
-            self.users[at] = 0
             yield
-            self.ready = segment + 1
+            self.record_full[at].arrive()
             yield
 
     def wait_segment(self, segment):
-        while self.ready <= segment:
+        while not self.record_full[segment % SEGMENTS].done(segment // SEGMENTS & 1):
             yield
         yield
         return self.record(segment)
 
-    def leave(self, segment):
+    def leave(self, segment, pv=False):
         self.record(segment)
-        self.users[segment % SEGMENTS] += 1
+        if pv or self.fault != FAULTS[0]:
+            self.record_empty[segment % SEGMENTS].arrive()
 
     def named_barrier(self):
         at, self.at_named = self.named, self.at_named + 1
@@ -94,12 +99,13 @@ class Cta:
     def side_loader(self, side):
         ring, segment = Ring(), 0
         while (blocks := (yield from self.wait_segment(segment))) is not None:
-            for _ in range(blocks + 1 if blocks else 0):       # Q first, as if it were a block
+            for _ in range(blocks + 1 if blocks else 0):       # Q first, as if it were a block; once after one block
                 self.record(segment)
                 stage, parity = ring.at()
                 while not self.empty[side][stage].done(parity ^ 1):
                     yield
                 yield
+                self.content[side][stage] = ring.turn
                 self.full[side][stage].arrive()
                 ring.advance()
                 yield
@@ -140,21 +146,21 @@ class Cta:
             if blocks == 0:
                 while not self.full_q.done(segment & 1):
                     yield
-                self.done_q.arrive()
-                yield
-                self.leave(segment)
+                yield from self.end(warp, segment)
                 continue
-            while not self.landed(ring):
+            q_at = Ring()
+            q_at.turn = ring.turn + (item == 0)
+            ring.turn += item > 0
+            while not self.landed(q_at):
                 yield
             yield
-            stage, _ = ring.at()
+            stage, _ = q_at.at()
             self.empty[0][stage].arrive()
             self.empty[1][stage].arrive()
             self.empty[1][stage].arrive()
             while not self.full_q.done(segment & 1):
                 yield
             yield from self.named_barrier()
-            ring.advance()
             gated = False
             for left in range(blocks, 0, -1):
                 while not gated and not self.landed(ring):
@@ -171,30 +177,35 @@ class Cta:
                 yield
                 self.record(segment)
                 yield from self.named_barrier()
-                ring.advance()
+                ring.turn += 1 + (item == 0)
                 item += 1
-                if left > 1:
-                    gated = self.landed(ring)       # each warp for itself
-                    if not gated:
-                        self.hand_over(warp, item - 1, True)
-                    yield
-            self.done_q.arrive()
-            yield
-            while self.fault != FAULTS[1] and self.free < 8 * segment:
+                gated = left > 1 and self.landed(ring)      # each warp for itself
+                if not gated:
+                    self.hand_over(warp, item - 1, True)
                 yield
-            self.factor = segment
+            yield from self.end(warp, segment)
+
+    def end(self, warp, segment):
+        self.done_q.arrive()
+        yield
+        while self.fault != FAULTS[1] and not self.inv_empty.done(segment & 1 ^ 1):
             yield
-            self.leave(segment)
-            self.hand_over(warp, item - 1, True)
-            for _ in range(self.rng.randrange(40)):     # lse
-                yield
+        self.factors[warp] = segment
+        yield
+        self.inv_full.arrive()
+        yield
+        self.leave(segment)
+        for _ in range(self.rng.randrange(40)):     # lse
+            yield
 
     def pv(self, warp):
         ring, item, segment = Ring(), 0, 0
         while (blocks := (yield from self.wait_segment(segment))) is not None:
-            if blocks:
+            if blocks and item:
                 ring.advance()      # Q had that turn
+            held = bool(blocks) and self.whole[segment]
             for left in range(blocks, 0, -1):
+                ring.turn += item == 1      # the first Q had that one
                 while not self.p_full[item & 1].done(item >> 1 & 1):
                     yield
                 yield
@@ -202,23 +213,48 @@ class Cta:
                     yield
                 yield
                 self.record(segment)
-                self.empty_tail[item & 1].arrive()
+                if not (held and left == 1 and warp >= 4):
+                    self.empty_tail[item & 1].arrive()
                 yield
                 if left == 1:
-                    assert self.factor == segment, f"segment {segment} has the factors of {self.factor}"
-                stage, _ = ring.at()
-                if warp < 4:
-                    self.empty[0][stage].arrive()
-                if warp < 4 or self.fault != FAULTS[2]:
-                    self.empty[1][stage].arrive()
+                    yield from self.take_factors(warp, segment)
+                if not (held and left == 1):
+                    self.release(warp, ring)
                 ring.advance()
                 item += 1
                 yield
-            self.leave(segment)
-            self.free += 1
+            if blocks == 0:
+                yield from self.take_factors(warp, segment)
+            self.leave(segment, pv=True)
+            self.inv_empty.arrive()
+            if held:
+                last = Ring()
+                last.turn = ring.turn - 1
+                if self.fault == FAULTS[3]:
+                    self.release(warp, last)
+                for _ in range(self.rng.randrange(10)):     # O to its place and out
+                    yield
+                    assert self.content[warp >= 4][last.at()[0]] == last.turn, f"segment {segment}: O's place is filled again"
+                if warp >= 4:
+                    self.empty_tail[item - 1 & 1].arrive()
+                if self.fault != FAULTS[3]:
+                    self.release(warp, last)
             for _ in range(self.rng.randrange(10)):     # O
                 yield
             segment += 1
+
+    def take_factors(self, warp, segment):
+        while not self.inv_full.done(segment & 1):
+            yield
+        found = self.factors[warp % 4]
+        assert found == segment, f"segment {segment} has the factors of {found}"
+
+    def release(self, warp, ring):
+        stage, _ = ring.at()
+        if warp < 4:
+            self.empty[0][stage].arrive()
+        if warp < 4 or self.fault != FAULTS[2]:
+            self.empty[1][stage].arrive()
 
     def run(self):
         warps = [self.walker(), self.side_loader(0), self.side_loader(1), self.late_loader()]

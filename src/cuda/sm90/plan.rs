@@ -26,9 +26,9 @@ const MAX_OVERHEAD_BLOCKS: u32 = 1 << 26;
 const SCHEDULE_THREADS: u32 = 512;
 
 /// Bytes that a slot takes for one M tile of one KV head: three a value of partial output (`PARTIAL_BYTES`, tile.h), and
-/// three numbers for each row (`PARTIAL_ROWS`).
+/// two numbers for each row (`PARTIAL_ROWS`).
 const SLOT_OUT_BYTES: usize = TILE_M * 512 * 3;
-const SLOT_ROWS_BYTES: usize = TILE_M * 3 * 4;
+const SLOT_ROWS_BYTES: usize = TILE_M * 2 * 4;
 
 /// A plan on the device, in upstream's layout, with the status word of the runs that use it.
 ///

@@ -209,7 +209,7 @@ impl Sm90Backend {
 }
 
 /// Threads of the combine kernel.
-const COMBINE_THREADS: u32 = 1024;
+const COMBINE_THREADS: u32 = 512;
 
 /// Blocks of the combine kernel for each multiprocessor: they share whatever there is to merge.
 const COMBINE_BLOCKS_PER_SM: u32 = 1;
