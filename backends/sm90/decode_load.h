@@ -34,19 +34,6 @@ PM_DEV void report_bad(const DecodeParams& p, int req) {
     if (p.status) atomicMin(p.status, req);
 }
 
-// Has one line of the parameters brought into the constant cache. A miss later, behind the first burst of
-// KV loads, costs two microseconds; there were several.
-PM_DEV void touch(const DecodeParams& p, u32 warp) {
-    switch (warp % 6) {
-        case 0: asm volatile("" ::"l"(p.q_nope_stride_b)); break;
-        case 1: asm volatile("" ::"l"(p.ckv)); break;
-        case 2: asm volatile("" ::"l"(p.block_table)); break;
-        case 3: asm volatile("" ::"l"(p.out_stride_s)); break;
-        case 4: asm volatile("" ::"l"(p.partial_out), "r"(p.s_q)); break;
-        case 5: asm volatile("" ::"f"(p.scale_log2)); break;
-    }
-}
-
 // A page number from the table, or 0 and a mark when there is no such page.
 PM_DEV int checked_page(const DecodeParams& p, u32 rec, int req, int index) {
     int page = __ldg(p.block_table + i64(req) * p.block_table_stride_b + index);
@@ -219,9 +206,6 @@ struct LateLoader {
             }
 #pragma unroll 1
             for (int blk = ld_shared(rec + SEG_BEGIN); blk < ld_shared(rec + SEG_END); ++blk) {
-#ifdef PM_KEEP
-                touch(p, u32(blk));
-#endif
                 const BoxAt at = locate(p, rec, blk, true);
                 const u32 rows = u32(min(p.page_size, BLOCK));
                 const u32 buf = item & 1, bar = smem + Smem::full_tail + buf * 8;
