@@ -1,9 +1,10 @@
 // The two PV warpgroups: O += P V, one half of the 512 columns each, 64 x 256 f32 in
-// 128 registers a thread; then the epilogue straight from registers.
+// 128 registers a thread; then the epilogue.
 //
-// A whole request is written to `out`; a piece of one goes to the workspace, not
-// normalised, in fragment order. The epilogue touches no shared memory, so the loaders and the QK warpgroup are already at work on
-// the next request.
+// A piece of a request goes to the workspace straight from registers, not normalised, in fragment order. A whole request goes to
+// `out` by way of the place that V's half of the last block had, so that whole lines are written; that stage goes back to the
+// loaders late, but they and the QK warpgroup are already at work on the next request in the other two. The gather form, whose
+// `out` may have any strides, scatters from registers.
 #pragma once
 
 #include "decode_qk.h"
