@@ -6,7 +6,8 @@
 #
 # `run` looks for Debian packages of the Vulkan loader in .carry/wgpu/*.deb and uses them where there is none.
 # Results go to $OUT (else .carry/wgpu/out): one log a step. Every step runs, whatever became of those before, and is
-# ended after its own limit of time; the last line counts them. Folders .carry/wgpu/shaders-* are timed as variants.
+# ended after its own limit of time; the last line counts them. Folders .carry/wgpu/shaders-* are timed as variants: those of
+# benches/wgpu, which are kernels that wait for it, and any that one puts there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/device-steps.sh
@@ -19,6 +20,11 @@ build() {
     cp "$target/release/polymla" "$carry/polymla"
     cp "$(test_binary wgpu cli,wgpu)" "$carry/wgpu-tests"
     strip "$carry/polymla" "$carry/wgpu-tests"
+    local candidate
+    for candidate in benches/wgpu/*/; do
+        mkdir -p "$carry/shaders-$(basename "$candidate")"
+        cp "$candidate"*.wgsl "$carry/shaders-$(basename "$candidate")/"
+    done
     ls -l "$carry"
 }
 
@@ -74,7 +80,8 @@ run() {
         [ -d "$folder" ] || continue
         n=$(basename "$folder")
         POLYMLA_SHADER_DIR=$folder bench "f16-$n" 20 f16 128,1,128,4096 128,1,16,4096 1,1,128,8192
-        POLYMLA_SHADER_DIR=$folder step "golden-$n" 15 "$carry/polymla" conformance --backend wgpu tests/golden/dense_fp16*
+        POLYMLA_SHADER_DIR=$folder bench "bf16-$n" 20 bf16 128,1,128,4096 128,1,16,4096 1,1,128,8192
+        POLYMLA_SHADER_DIR=$folder step "golden-$n" 30 "$carry/polymla" conformance --backend wgpu tests/golden
     done
     step random 40 "$carry/polymla" conformance --backend wgpu --random 100 tests/golden/dense_bf16_b1_sq1_hq16_sk64.safetensors
     step tests 60 "$carry/wgpu-tests" --test-threads 2 device:: limits::a_
@@ -85,5 +92,5 @@ run() {
 case ${1:-} in
     build) build ;;
     run) run ;;
-    *) sed -n '2,10p' "$0" && exit 2 ;;
+    *) sed -n '2,11p' "$0" && exit 2 ;;
 esac
