@@ -6,8 +6,8 @@
 #
 # `run` looks for Debian packages of the Vulkan loader in .carry/wgpu/*.deb and uses them where there is none.
 # Results go to $OUT (else .carry/wgpu/out): one log a step. Every step runs, whatever became of those before, and is
-# ended after its own limit of time; the last line counts them. Folders .carry/wgpu/shaders-* are timed as variants: those of
-# benches/wgpu, which are kernels that wait for it, and any that one puts there.
+# ended after its own limit of time; the last line counts them. Folders .carry/wgpu/shaders-* that one puts there are timed as
+# variants of the shaders.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/device-steps.sh
@@ -20,11 +20,6 @@ build() {
     cp "$target/release/polymla" "$carry/polymla"
     cp "$(test_binary wgpu cli,wgpu)" "$carry/wgpu-tests"
     strip "$carry/polymla" "$carry/wgpu-tests"
-    local candidate
-    for candidate in benches/wgpu/*/; do
-        mkdir -p "$carry/shaders-$(basename "$candidate")"
-        cp "$candidate"*.wgsl "$carry/shaders-$(basename "$candidate")/"
-    done
     ls -l "$carry"
 }
 
@@ -92,5 +87,5 @@ run() {
 case ${1:-} in
     build) build ;;
     run) run ;;
-    *) sed -n '2,11p' "$0" && exit 2 ;;
+    *) sed -n '2,10p' "$0" && exit 2 ;;
 esac

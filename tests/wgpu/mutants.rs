@@ -203,18 +203,3 @@ fn every_fault_in_matrices_is_noticed() {
     });
     assert!(missed.is_empty(), "not noticed: {missed:?}");
 }
-
-/// Kernels that wait for a device to time them are to be right when one does.
-#[test]
-fn candidates_are_right() {
-    let Some(backend) = super::backend(polymla::wgpu::WgpuBackend::new) else { return };
-    if !backend.has(polymla::wgpu::shaders::Path::EmulatedMatrix64) {
-        eprintln!("SKIP the candidates: the adapter cannot emulate matrices");
-        return;
-    }
-    let folder = Path::new("benches/wgpu/turned");
-    assert!(folder.join("matrix.wgsl").exists());
-    for (path, test) in [("emulated-matrix16", SHORT), ("emulated-matrix64", SHORT), ("emulated-matrix32", RANGE)] {
-        assert!(matrices_pass(path, test, folder), "{path}, {test}");
-    }
-}
