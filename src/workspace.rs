@@ -67,20 +67,29 @@ impl<'a> Workspace<'a> {
     /// # Errors
     /// [`MlaError::WorkspaceTooSmall`], [`MlaError::WrongDevice`], [`MlaError::Alignment`].
     pub fn host(&mut self, needed: usize) -> Result<&mut [u8]> {
-        if self.bytes < needed {
-            return Err(MlaError::WorkspaceTooSmall { value: self.bytes, limit: needed });
-        }
-        let Some(address) = self.address().filter(|_| self.device == Device::Host) else {
-            return Err(MlaError::WrongDevice { param: "workspace", value: self.device, limit: Device::Host });
-        };
+        let address = self.checked(needed, WORKSPACE_ALIGN, Device::Host)?;
         if needed == 0 {
             return Ok(&mut []);
         }
-        if !address.is_multiple_of(WORKSPACE_ALIGN as u64) {
-            return Err(MlaError::Alignment { param: "workspace", value: address, limit: WORKSPACE_ALIGN });
-        }
         // SAFETY: this value holds the exclusive borrow of `bytes` bytes at `address`, and `needed` is no more.
         Ok(unsafe { std::slice::from_raw_parts_mut(address as *mut u8, needed) })
+    }
+
+    /// Its address, where it has `needed` bytes on `device` from a multiple of `align`.
+    ///
+    /// # Errors
+    /// [`MlaError::WorkspaceTooSmall`], [`MlaError::WrongDevice`], [`MlaError::Alignment`].
+    pub(crate) fn checked(&self, needed: usize, align: usize, device: Device) -> Result<u64> {
+        if self.bytes < needed {
+            return Err(MlaError::WorkspaceTooSmall { value: self.bytes, limit: needed });
+        }
+        let Some(address) = self.address().filter(|_| self.device == device) else {
+            return Err(MlaError::WrongDevice { param: "workspace", value: self.device, limit: device });
+        };
+        if needed > 0 && !address.is_multiple_of(align as u64) {
+            return Err(MlaError::Alignment { param: "workspace", value: address, limit: align });
+        }
+        Ok(address)
     }
 }
 

@@ -11,14 +11,14 @@ use super::{params, supports};
 use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
 use crate::call::{Inputs, Outputs};
 use crate::device::{Api, DeviceBuffer, Event, FLUSH_BYTES, Function, Launch, OwnedStream, Stream};
-use crate::error::{MlaError, Result};
+use crate::error::Result;
 use crate::problem::Problem;
 use crate::schedule::ScheduleOptions;
 use crate::tensor::{DType, TensorView};
 use crate::workspace::Workspace;
 
 /// Alignment of the workspace.
-const WORKSPACE_ALIGN: u64 = 16;
+const WORKSPACE_ALIGN: usize = 16;
 
 /// MLA decoding by the portable kernels.
 pub struct PortableBackend {
@@ -184,16 +184,7 @@ impl MlaBackend for PortableBackend {
         inputs.validate(problem, device)?;
         outputs.validate(problem, inputs, device)?;
         schedule.check(problem)?;
-        let needed = self.workspace_bytes(problem, schedule);
-        if workspace.bytes() < needed {
-            return Err(MlaError::WorkspaceTooSmall { value: workspace.bytes(), limit: needed });
-        }
-        let Some(scratch) = workspace.address().filter(|_| workspace.device() == device) else {
-            return Err(MlaError::WrongDevice { param: "workspace", value: workspace.device(), limit: device });
-        };
-        if !scratch.is_multiple_of(WORKSPACE_ALIGN) {
-            return Err(MlaError::Alignment { param: "workspace", value: scratch, limit: WORKSPACE_ALIGN as usize });
-        }
+        let scratch = workspace.checked(self.workspace_bytes(problem, schedule), WORKSPACE_ALIGN, device)?;
         if problem.rows() == 0 {
             return Ok(());
         }

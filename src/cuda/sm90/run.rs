@@ -22,7 +22,7 @@ const ROW_ALIGN: u64 = 16;
 /// The same in elements of 16 bits.
 const ROW_ALIGN_ELEMENTS: usize = 8;
 /// Alignment of the workspace.
-const WORKSPACE_ALIGN: u64 = 128;
+const WORKSPACE_ALIGN: usize = 128;
 
 /// Threads of the decode kernel.
 const DECODE_THREADS: u32 = 512;
@@ -194,16 +194,7 @@ impl Sm90Backend {
 
     /// Where partial outputs go, and what there is about their rows.
     fn partials(&self, problem: &Problem, schedule: &Sm90Schedule, workspace: &Workspace<'_>) -> Result<(u64, u64)> {
-        let (needed, device) = (schedule.workspace_bytes(problem), self.info.device);
-        if workspace.bytes() < needed {
-            return Err(MlaError::WorkspaceTooSmall { value: workspace.bytes(), limit: needed });
-        }
-        let Some(address) = workspace.address().filter(|_| workspace.device() == device) else {
-            return Err(MlaError::WrongDevice { param: "workspace", value: workspace.device(), limit: device });
-        };
-        if !address.is_multiple_of(WORKSPACE_ALIGN) {
-            return Err(MlaError::Alignment { param: "workspace", value: address, limit: WORKSPACE_ALIGN as usize });
-        }
+        let address = workspace.checked(schedule.workspace_bytes(problem), WORKSPACE_ALIGN, self.info.device)?;
         Ok((address, address + schedule.workspace_layout(problem).0 as u64))
     }
 }
