@@ -102,7 +102,7 @@ fn portable() {
 /// Writes `cuda_kernels.rs`: the dialect, and the cubins of the architectures named.
 fn cuda() {
     println!("cargo:rerun-if-env-changed={CUDA_ARCHS_VARIABLE}");
-    let (out, dialect) = (out_dir(), backend_dir("cuda"));
+    let dialect = backend_dir("cuda");
     let mut text = files(&dialect);
     text.push_str("pub(crate) const EMBEDDED: &[(&str, &[u8])] = &[\n");
     let archs = env::var(CUDA_ARCHS_VARIABLE).unwrap_or_default();
@@ -112,33 +112,14 @@ fn cuda() {
         };
         let nvcc = find_nvcc().unwrap_or_else(|| panic!("{CUDA_ARCHS_VARIABLE} names {arch}, and nvcc was not found"));
         for (element, define) in portable_units::ELEMENTS {
-            let name = portable_units::binary_name("cuda", arch, kib, element);
-            let binary = out.join(format!("{name}.cubin"));
-            let result = Command::new(&nvcc)
-                .args(portable_units::options(kib, define))
-                .args(["-cubin", "-gencode"])
-                .arg(format!("arch={},code={arch}", arch.replace("sm_", "compute_")))
-                .arg("-I")
-                .arg(&dialect)
-                .arg("-I")
-                .arg(backend_dir("portable"))
-                .arg("-o")
-                .arg(&binary)
-                .arg(backend_dir("portable").join("portable.cu"))
-                .output();
-            match result {
-                Ok(output) if output.status.success() => {
-                    writeln!(text, "    ({name:?}, include_bytes!({:?})),", binary.display().to_string())
-                        .expect("to a string");
-                }
-                // Architectures that were named are meant to be embedded.
-                Ok(output) => panic!("{}: {name}: {}", nvcc.display(), String::from_utf8_lossy(&output.stderr)),
-                Err(e) => panic!("{}: {e}", nvcc.display()),
-            }
+            let mut command = Command::new(&nvcc);
+            command.args(portable_units::options(kib, define)).args(["-cubin", "-gencode"]);
+            command.arg(format!("arch={},code={arch}", arch.replace("sm_", "compute_")));
+            embed(&mut text, command, &dialect, &portable_units::binary_name("cuda", arch, kib, element));
         }
     }
     text.push_str("];\n");
-    fs::write(out.join("cuda_kernels.rs"), text).expect("OUT_DIR can be written");
+    fs::write(out_dir().join("cuda_kernels.rs"), text).expect("OUT_DIR can be written");
 }
 
 /// Writes `hip_kernels.rs`: the dialect, and the binaries of the architectures named, where a compiler is named.
@@ -146,7 +127,7 @@ fn hip() {
     for variable in [HIPCC_VARIABLE, HIP_ARCHS_VARIABLE] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
-    let (out, dialect) = (out_dir(), backend_dir("hip"));
+    let dialect = backend_dir("hip");
     let mut text = files(&dialect);
     text.push_str("pub(crate) const EMBEDDED: &[(&str, &[u8])] = &[\n");
     let archs = env::var(HIP_ARCHS_VARIABLE).unwrap_or_else(|_| "gfx90a,gfx942".into());
@@ -157,32 +138,28 @@ fn hip() {
             continue;
         };
         for (element, define) in portable_units::ELEMENTS {
-            let name = portable_units::binary_name("hip", arch, kib, element);
-            let binary = out.join(format!("{name}.co"));
-            let result = Command::new(hipcc.as_ref().expect("filtered"))
-                .args(portable_units::hiprtc_options(arch, kib, define))
-                .args(portable_units::CLANG_OPTIONS)
-                .arg("-I")
-                .arg(&dialect)
-                .arg("-I")
-                .arg(backend_dir("portable"))
-                .arg("-o")
-                .arg(&binary)
-                .arg(backend_dir("portable").join("portable.cu"))
-                .output();
-            match result {
-                Ok(output) if output.status.success() => {
-                    writeln!(text, "    ({name:?}, include_bytes!({:?})),", binary.display().to_string())
-                        .expect("to a string");
-                }
-                // A compiler that was named is meant to work: embedding nothing would be found out on another machine.
-                Ok(output) => panic!("{HIPCC_VARIABLE}: {name}: {}", String::from_utf8_lossy(&output.stderr)),
-                Err(e) => panic!("{HIPCC_VARIABLE} names {:?}: {e}", hipcc.as_ref().expect("filtered")),
-            }
+            let mut command = Command::new(hipcc.as_ref().expect("filtered"));
+            command.args(portable_units::hiprtc_options(arch, kib, define)).args(portable_units::CLANG_OPTIONS);
+            embed(&mut text, command, &dialect, &portable_units::binary_name("hip", arch, kib, element));
         }
     }
     text.push_str("];\n");
-    fs::write(out.join("hip_kernels.rs"), text).expect("OUT_DIR can be written");
+    fs::write(out_dir().join("hip_kernels.rs"), text).expect("OUT_DIR can be written");
+}
+
+/// Compiles the portable kernels and adds them to `text`. Whoever names a compiler or an architecture means it to work:
+/// embedding nothing would be found out on another machine.
+fn embed(text: &mut String, mut command: Command, dialect: &Path, name: &str) {
+    let (sources, binary) = (backend_dir("portable"), out_dir().join(name));
+    command.arg("-I").arg(dialect).arg("-I").arg(&sources).arg("-o").arg(&binary).arg(sources.join("portable.cu"));
+    let compiler = command.get_program().display().to_string();
+    match command.output() {
+        Ok(output) if output.status.success() => {
+            writeln!(text, "    ({name:?}, include_bytes!({:?})),", binary.display().to_string()).expect("to a string");
+        }
+        Ok(output) => panic!("{compiler}: {name}: {}", String::from_utf8_lossy(&output.stderr)),
+        Err(e) => panic!("{compiler}: {e}"),
+    }
 }
 
 /// The cubins of the units that nvcc could compile.
