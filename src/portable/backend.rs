@@ -68,7 +68,7 @@ impl PortableBackend {
     /// A stream of its own, for callers that have none.
     ///
     /// # Errors
-    /// [`MlaError::Platform`].
+    /// [`MlaError::Platform`](crate::MlaError::Platform).
     pub fn create_stream(&self) -> Result<OwnedStream> {
         OwnedStream::new(&self.device)
     }
@@ -80,7 +80,8 @@ impl PortableBackend {
     /// run beyond the new batch are left out: their outputs keep what was there.
     ///
     /// # Errors
-    /// [`MlaError::ScheduleMismatch`] for other shapes or a larger batch; as [`MlaBackend::schedule`].
+    /// [`MlaError::ScheduleMismatch`](crate::MlaError::ScheduleMismatch) for other shapes or a larger batch; as
+    /// [`MlaBackend::schedule`].
     pub fn schedule_into(
         &self,
         schedule: &mut PortableSchedule,
