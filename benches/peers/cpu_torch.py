@@ -18,6 +18,7 @@ import torch
 
 SHAPES = [(4, 16, 4096), (4, 128, 4096), (1, 16, 16384), (1, 128, 8192)]
 D_K, D_V, PAGE = 576, 512, 64
+WARM_MS = 50    # of each turn that do not count, the same for both sides
 
 
 def torch_data(b, h, s_k):
@@ -82,16 +83,17 @@ def main():
             b, h, s_k = shape
             flop = 2 * b * h * s_k * (D_K + D_V)
             data = torch_data(*shape)
-            polymla_time(shape, 2), torch_time(data, 2)
-            ours, theirs = [], []
+            sides = [lambda calls: polymla_time(shape, calls), lambda calls: torch_time(data, calls)]
+            # A virtual CPU that was idle runs slower for some ten milliseconds, and each side's first call finds the
+            # other's data in the caches: as many calls as take that long come before those that count.
+            idle = [1 + int(WARM_MS / min(side(3))) for side in sides]
+            ours, theirs = times = [], []
             for _ in range(arguments.rounds):
                 # In turns, so that what else the machine does falls on both. Threads of the side that has just
-                # finished spin for a while before they sleep; each side's first call finds the other's data in the
-                # caches, so it is not counted.
-                time.sleep(0.05)
-                ours += polymla_time(shape, arguments.calls + 1)[1:]
-                time.sleep(0.05)
-                theirs += torch_time(data, arguments.calls + 1)[1:]
+                # finished spin for a while before they sleep.
+                for side, before, all_times in zip(sides, idle, times):
+                    time.sleep(0.05)
+                    all_times += side(before + arguments.calls)[before:]
             x, y = statistics.median(ours), statistics.median(theirs)
             print(f"{b:>3}{h:>5}{s_k:>7}{x:>11.2f} ({min(ours):>6.2f}){flop / x / 1e6:>9.0f}"
                   f"{y:>11.2f} ({min(theirs):>6.2f}){flop / y / 1e6:>9.0f}{y / x:>7.2f}", flush=True)
