@@ -104,11 +104,12 @@ PM_DEV void combine(const DecodeParams& p) {
     const int share = 1 << log_share;                   // G
     const int base = int(warp >> log_together << log_groups), rank = base + int(lane / width);      // among those who share
     const i64 tile_step = i64(p.h_kv) * p.m_tiles;      // tiles of a slot
+    const u32 items = units << (log_share + 1);
     PM_MERGE(1);
     bool waited = false;
 
 #pragma unroll 1
-    for (u32 item = blockIdx.x; item < units << (log_share + 1); item += gridDim.x) {
+    for (u32 item = blockIdx.x; item < items; item += gridDim.x) {
         const u32 unit = item >> (log_share + 1), part = item - (unit << (log_share + 1));
         const u32 rest = unit / row_groups, row_group = unit - rest * row_groups;
         const u32 index = p.h_kv == 1 ? rest : rest / p.h_kv, kv_head = rest - index * p.h_kv;
@@ -217,7 +218,7 @@ PM_DEV void combine(const DecodeParams& p) {
             sums.merge(v, from[64]);
         }
         PM_MERGE(4);
-        if (item + gridDim.x < units << (log_share + 1)) __syncthreads();   // others have read what they were left
+        if (item + gridDim.x < items) __syncthreads();   // others have read what they were left
         if (place > 0 || lane >= width) continue;
         const u32 chunk = at / 32, row = row_group * 16 + at % 32 / 4, column = chunk * 16 + at % 4 * 2;
 #pragma unroll

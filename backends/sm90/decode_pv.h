@@ -68,6 +68,10 @@ struct PvWarpgroup {
         }
     }
 
+    static PM_DEV u16* out_row(const DecodeParams& p, int req, const RowIndex& r) {
+        return reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(r.s) * p.out_stride_s + i64(r.h) * p.out_stride_h;
+    }
+
     // Whole rows, of contiguous, 16-byte aligned columns, by way of the place that V had: a warp writes 128 bytes of four rows at
     // a time. Straight from registers it would write 16 bytes of eight rows each, which keeps the load-store unit from everyone
     // for ten thousand cycles. A request without keys (no place) has one value everywhere.
@@ -91,8 +95,7 @@ struct PvWarpgroup {
         for (u32 i = lane / 8; i < 16; i += 4) {
             const RowIndex r(p, int(blockIdx.x * TILE_M + warp * 16 + i));
             if (!r.valid) return;
-            u16* dst = reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(r.s) * p.out_stride_s +
-                       i64(r.h) * p.out_stride_h + half * 256 + lane % 8 * 8;
+            u16* dst = out_row(p, req, r) + half * 256 + lane % 8 * 8;
 #pragma unroll
             for (u32 g = 0; g < 4; ++g) {
                 uint4 v = {word, word, word, word};
@@ -109,8 +112,7 @@ struct PvWarpgroup {
         for (int k = 0; k < 2; ++k) {
             const RowIndex r(p, row + 8 * k);
             if (!r.valid) return;
-            u16* dst = reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(r.s) * p.out_stride_s +
-                       i64(r.h) * p.out_stride_h + (half * 256 + 2 * t) * p.out_stride_d;
+            u16* dst = out_row(p, req, r) + (half * 256 + 2 * t) * p.out_stride_d;
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
                 scatter2<Elem>(dst, p.out_stride_d, o[i / 16][i % 16 * 4 + 2 * k], o[i / 16][i % 16 * 4 + 2 * k + 1]);
@@ -182,7 +184,7 @@ struct PvWarpgroup {
 #pragma unroll 1
             while (left > 0) {
                 const u32 buf = item & 1, use = (item >> 1) & 1;
-                if (item == 1) stage = stage == STAGES - 1 ? 0 : stage + 1;     // the part's first Q had this one
+                if (item == 1) stage = stage == STAGES - 1 ? 0 : stage + 1;       // the part's first Q had this one
                 PM_MARK(1 + half, item, 0);
                 mbar_wait(smem + Smem::p_full + buf * 8, use);
                 PM_MARK(1 + half, item, 1);
@@ -234,7 +236,9 @@ struct PvWarpgroup {
                 stage = stage == STAGES - 1 ? 0 : stage + 1;
                 ++item;
             }
-            const int req = ld_shared(rec + SEG_REQ), slot = GATHER ? ld_shared(rec + SEG_SLOT) : int(uniform(u32(ld_shared(rec + SEG_SLOT))));
+            const int req = ld_shared(rec + SEG_REQ), place = ld_shared(rec + SEG_SLOT);
+            // A barrier under a condition that ptxas cannot see to be uniform costs the whole loop its uniform registers.
+            const int slot = GATHER ? place : int(uniform(u32(place)));
             leave_segment(rec);
             if (threadIdx.x % 32 == 0) mbar_arrive(smem + Smem::inv_empty);
             const u32 last = stage == 0 ? STAGES - 1 : stage - 1, buf = ~item & 1;      // of the last block

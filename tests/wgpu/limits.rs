@@ -57,46 +57,26 @@ fn matrix_problems(backend: &WgpuBackend, seeds: std::ops::Range<u64>) {
 
 #[test]
 fn every_path_is_right() {
-    let mut taken = 0;
-    for path in shaders::Path::ALL.into_iter().filter(|path| !path.is_matrix()) {
-        let Some(backend) = super::backend(WgpuBackend::new) else { return };
-        if !backend.has(path) {
-            eprintln!("SKIP path {}: the adapter lacks it", path.name());
-            assert!(backend.with_path(path).is_err());
-            continue;
-        }
-        golden_and_random(&backend.with_path(path).unwrap(), usize::MAX, 1000..1040);
-        taken += 1;
-    }
-    assert!(taken > 0);
+    let plain = shaders::Path::ALL.into_iter().filter(|path| !path.is_matrix());
+    let taken = super::by_paths(plain, |_, backend| golden_and_random(backend, usize::MAX, 1000..1040));
+    assert_ne!(taken, Some(0));
 }
 
 /// With real matrices where the adapter has them; emulated everywhere, so that the rest of the path is checked without.
 #[test]
 fn matrix_paths_are_right() {
-    for path in super::matrix_paths() {
-        let Some(backend) = super::backend(WgpuBackend::new) else { return };
-        if !backend.has(path) {
-            eprintln!("SKIP path {}: the adapter lacks it", path.name());
-            continue;
-        }
-        let backend = backend.with_path(path).unwrap();
+    super::by_paths(super::matrix_paths(), |path, backend| {
         // Emulated matrices are slow: FEW problems below, and these.
-        matrix_problems(&backend, if path.is_emulated() { FEW..36 } else { FEW..250 });
-        golden_and_random(&backend, if path.is_emulated() { 0 } else { usize::MAX }, 3000..3020);
-    }
+        matrix_problems(backend, if path.is_emulated() { FEW..36 } else { FEW..250 });
+        golden_and_random(backend, if path.is_emulated() { 0 } else { usize::MAX }, 3000..3020);
+    });
 }
 
 /// What `mutants` runs again and again.
 const FEW: u64 = 12;
 #[test]
 fn matrix_paths_are_right_in_short() {
-    for path in super::matrix_paths() {
-        let Some(backend) = super::backend(WgpuBackend::new) else { return };
-        if backend.has(path) {
-            matrix_problems(&backend.with_path(path).unwrap(), 0..FEW);
-        }
-    }
+    super::by_paths(super::matrix_paths(), |_, backend| matrix_problems(backend, 0..FEW));
 }
 
 #[test]

@@ -19,6 +19,22 @@ fn matrix_paths() -> Vec<Path> {
     Path::ALL.into_iter().filter(|path| path.is_matrix() && named(path)).collect()
 }
 
+/// Runs `test` by each of these paths that the adapter has, says aloud which it lacks, and counts; `None` without an adapter.
+fn by_paths(paths: impl IntoIterator<Item = Path>, mut test: impl FnMut(Path, &WgpuBackend)) -> Option<usize> {
+    let mut taken = 0;
+    for path in paths {
+        let backend = backend(WgpuBackend::new)?;
+        if backend.has(path) {
+            test(path, &backend.with_path(path).unwrap());
+            taken += 1;
+        } else {
+            eprintln!("SKIP path {}: the adapter lacks it", path.name());
+            assert!(backend.with_path(path).is_err());
+        }
+    }
+    Some(taken)
+}
+
 /// The default adapter; `None`, aloud, where there is none and `POLYMLA_REQUIRE` does not list `wgpu`.
 fn backend(open: fn() -> polymla::Result<WgpuBackend>) -> Option<WgpuBackend> {
     match open() {

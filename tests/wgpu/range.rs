@@ -2,7 +2,6 @@
 
 use polymla::conformance::{Call, Expected, HostTensor, Layout, POLICIES, Tolerance, check};
 use polymla::half::bf16;
-use polymla::wgpu::WgpuBackend;
 use polymla::{DType, Problem};
 
 const ROPE: usize = 64;
@@ -112,21 +111,13 @@ fn call(case: &Case) -> Call {
 /// Each case by every matrix path of the device, emulated ones too.
 #[test]
 fn bf16_of_any_size_is_right() {
-    let mut taken = 0;
-    for path in super::matrix_paths() {
-        let Some(backend) = super::backend(WgpuBackend::new) else { return };
-        if !backend.has(path) {
-            eprintln!("SKIP path {}: the adapter lacks it", path.name());
-            continue;
-        }
-        let backend = backend.with_path(path).unwrap();
+    let taken = super::by_paths(super::matrix_paths(), |path, backend| {
         for (case, policy) in CASES.iter().zip(POLICIES.iter().cycle()) {
             let call = call(case);
             assert!(backend.path(&call.problem).is_matrix(), "{} is to go by matrices", call.name);
-            let outcome = check(&backend, &call, Layout::Given, *policy);
+            let outcome = check(backend, &call, Layout::Given, *policy);
             assert!(outcome.passed(), "{}, {}, {policy:?}: {}", path.name(), call.name, outcome.failure());
-            taken += 1;
         }
-    }
-    assert!(taken > 0, "no device with matrices, not even emulated ones");
+    });
+    assert_ne!(taken, Some(0), "no device with matrices, not even emulated ones");
 }
