@@ -93,7 +93,7 @@ PM_DEV void report(int* status, int req) {
 // The request that a part begins with, if requests are equally long. Only a guess: what is read by it costs no time where
 // it is right, and nothing else where it is not.
 PM_DEV int likely_request(const DecodeParams& p, int part) {
-    return pm_min(int(u32(part) * u32(pm_min(p.b, 0xffff)) / u32(p.num_parts)), p.b - 1);
+    return pm_min(int(float(part) * p.requests_a_part), p.b - 1);
 }
 
 // Walks a part as Schedule::splits_of does.
@@ -153,12 +153,27 @@ struct SegmentWalk {
 };
 
 // ---- rows -----------------------------------------------------------------------------------------
-// Row r of a KV head is query token r / heads_per_kv, head r % heads_per_kv of its group.
+// Row r of a KV head is query token r / heads_per_kv, head r % heads_per_kv of its group. A division is some 40 instructions,
+// one after another, where everybody waits for the first tile.
+PM_DEV int query_of(const DecodeParams& p, int r) { return p.s_q == 1 ? 0 : r / p.heads_per_kv; }
 struct Row {
     int j, head;
     PM_DEV Row(const DecodeParams& p, int kv_head, int r) {
-        j = r / p.heads_per_kv;
+        j = query_of(p, r);
         head = kv_head * p.heads_per_kv + (r - j * p.heads_per_kv);
+    }
+};
+
+// What a block of a decode kernel works on: the first of `tile` packed rows of a KV head, for a part. Divisions are kept out of the
+// way of what is common.
+struct BlockPlace {
+    int row0, kv_head, part;
+    PM_DEV BlockPlace(const DecodeParams& p, int tile) {
+        const int tiles = (p.s_q * p.heads_per_kv + tile - 1) / tile, block = pm_block();
+        const int rest = tiles == 1 ? block : tiles == 2 ? int(u32(block) / 2) : block / tiles;
+        row0 = (block - rest * tiles) * tile;
+        part = p.h_kv == 1 ? rest : rest / p.h_kv;
+        kv_head = rest - part * p.h_kv;
     }
 };
 

@@ -103,8 +103,8 @@ PM_CLASS(16, 32, 3, false, DK)
 PM_CLASS(32, 32, 2, false, DK)
 PM_CLASS(64, 32, 2, true, DK)
 #elif POLYMLA_SMEM_KIB == 227
-PM_CLASS(16, 64, 2, true, DK)
-PM_CLASS(32, 64, 2, true, DK)
+PM_CLASS(16, 64, 2, false, DK)
+PM_CLASS(32, 64, 2, false, DK)
 PM_CLASS(64, 64, 2, true, DK)
 #else
 #error "POLYMLA_SMEM_KIB must be 28, 64, 99, 163 or 227"

@@ -249,7 +249,7 @@ struct Decoder {
     // Keys that row r of the tile sees; -1 invalid, -2 no such row.
     static PM_DEV int find_limit(const DecodeParams& p, const Segment& s, int row0, int r) {
         int v = -2;
-        if (row0 + r < p.s_q * p.heads_per_kv) v = visible_end(p, s.req, (row0 + r) / p.heads_per_kv, s.len);
+        if (row0 + r < p.s_q * p.heads_per_kv) v = visible_end(p, s.req, query_of(p, row0 + r), s.len);
         if (v == -1) report(p.status, s.req);
         return v;
     }
@@ -270,10 +270,10 @@ struct Decoder {
         const int tokens = loader.last > loader.first ? loader.last - loader.first : 0;
         const int tiles = int((u32(tokens) + C::N - 1) / C::N);
 
+        loader.look_up(p, s, 0);
         for (int r = pm_thread(); r < C::M; r += DECODE_THREADS) limit[r] = find_limit(p, s, row0, r);
         if (s.bad) report(p.status, s.req);
         if (C::Q_COLS == C::DK && tiles > 0) load_q<C, DECODE_THREADS>(p, s.req, kv_head, row0, 0, smem, p.flags & FLAG_Q_VEC16);
-        loader.look_up(p, s, 0);
 #pragma unroll
         for (int t = 0; t < C::STAGES - 1; ++t) {
             if (t < tiles) {
@@ -364,18 +364,16 @@ struct Decoder {
 
     static PM_DEV void run(const DecodeParams& p, char* smem) {
         static_assert(sizeof(State) <= 64, "the room that config.h gives");
-        const int m_tiles = (p.s_q * p.heads_per_kv + C::M - 1) / C::M;
-        const int row0 = pm_block() % m_tiles * C::M, kv_head = pm_block() / m_tiles % p.h_kv;
+        const BlockPlace at(p, C::M);
         State& state = *reinterpret_cast<State*>(smem + C::state);
-        const int part = pm_block() / m_tiles / p.h_kv;
-        if (pm_thread() == 0) state.walk.begin(p, part);
-        prefetch_table(p, part, pm_thread());
+        if (pm_thread() == 0) state.walk.begin(p, at.part);
+        prefetch_table(p, at.part, pm_thread());
         for (;;) {
             pm_sync();                  // the segment before is done with shared memory
             if (pm_thread() == 0) next_segment(p, state, smem);
             pm_sync();
             if (!state.more) return;
-            segment(p, state.segment, kv_head, row0, smem);
+            segment(p, state.segment, at.kv_head, at.row0, smem);
         }
     }
 };

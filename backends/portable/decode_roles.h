@@ -98,10 +98,8 @@ struct RoleDecoder {
     };
 
     // ---- copies ------------------------------------------------------------------------------------
-    static PM_DEV void copy_role(const DecodeParams& p, int part, int kv_head, int row0, char* smem) {
+    static PM_DEV void copy_role(const DecodeParams& p, int kv_head, int row0, char* smem) {
         SegmentWalk& walk = *reinterpret_cast<SegmentWalk*>(smem + WALK);
-        prefetch_table(p, part, pm_thread() - COPY_FIRST);
-        if (pm_thread() == COPY_FIRST) walk.begin(p, part);
         u32 done = 0, loads = 0;            // tiles, and segments with keys, of the segments before
         for (u32 turn = 0;; ++turn) {
             Slot& slot = slot_of(smem, turn);
@@ -430,19 +428,25 @@ struct RoleDecoder {
     }
 
     static PM_DEV void run(const DecodeParams& p, char* smem) {
-        const int m_tiles = (p.s_q * p.heads_per_kv + C::M - 1) / C::M;
-        const int row0 = pm_block() % m_tiles * C::M, kv_head = pm_block() / m_tiles % p.h_kv;
-        if (pm_thread() < BARRIERS) pm_mbar_init(barrier(smem, pm_thread()), arrivals(pm_thread()));
+        const BlockPlace at(p, C::M);
+        if (pm_thread() >= COPY_FIRST) {    // first of all, for everybody waits for it
+            if (pm_thread() == COPY_FIRST) reinterpret_cast<SegmentWalk*>(smem + WALK)->begin(p, at.part);
+            prefetch_table(p, at.part, pm_thread() - COPY_FIRST);
+        }
+        // By one lane of a warp: the instruction takes one address, and for the lanes' many there would be a loop over them.
+        if (pm_thread() < PV_THREADS && pm_thread() % 32 == 0)
+#pragma unroll 1
+            for (int i = pm_thread() / 32; i < BARRIERS; i += PV_THREADS / 32) pm_mbar_init(barrier(smem, i), arrivals(i));
         pm_sync();
         if (pm_thread() < PV_THREADS) {
             pm_registers_pv();              // O takes more than scores do
-            pv_role(p, kv_head, row0, smem);
+            pv_role(p, at.kv_head, at.row0, smem);
         } else if (pm_thread() < COPY_FIRST) {
             pm_registers_qk();
-            qk_role(p, kv_head, row0, smem);
+            qk_role(p, at.kv_head, at.row0, smem);
         } else {
             pm_registers_copy();
-            copy_role(p, pm_block() / m_tiles / p.h_kv, kv_head, row0, smem);
+            copy_role(p, at.kv_head, at.row0, smem);
         }
     }
 };

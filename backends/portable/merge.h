@@ -1,22 +1,23 @@
 // Merges the pieces (pieces.h) of split requests, in split order, so that the bits never depend on timing.
 //
 // Unit      a piece of every split: 8 query rows x 32 columns, by `combine_ways` warps: way w adds up splits w, w + ways, ...
-// Roles     a block of 8 warps has 8 / ways units of the same 8 rows at a time. First each warp weighs the splits of one of
-//           these rows, a split a lane; then all add up what they have loaded meanwhile; way 0 adds the ways up.
-// Pipeline  8 splits' loads a warp are under way while the weights are worked out.
-// Grid      b * ceil(turns of a request / combine_units) blocks of 256 threads; a turn is such a set of units. A
-//           batch-invariant run fixes the ways.
+// Roles     a block of 16 warps has 16 / ways units of the same 8 rows at a time. First each of eight warps weighs the splits of
+//           one of these rows, a split a lane; then all add up what they have loaded meanwhile; way 0 adds the ways up.
+// Pipeline  8 splits' loads a warp are under way while the weights are worked out. Nothing is worked out between the end of the
+//           decode kernel and the first load that could be before.
+// Grid      b * ceil(turns of a request / combine_units) blocks of 512 threads, one a multiprocessor; a turn is such a set of
+//           units. A batch-invariant run fixes the ways.
 #pragma once
 
 #include "pieces.h"
 
 namespace polymla {
 
-constexpr int MERGE_THREADS = 256;
+constexpr int MERGE_THREADS = 512;
 constexpr int MERGE_WARPS = MERGE_THREADS / 32;
 constexpr int MERGE_AT_ONCE = 8;        // splits that a warp loads together
 constexpr int MERGE_ROUND = 160;        // splits that are weighed together; with 132 multiprocessors no request has more
-static_assert(MERGE_WARPS == PIECE_ROWS, "a warp weighs the splits of a row");
+static_assert(MERGE_WARPS >= PIECE_ROWS, "a warp weighs the splits of a row");
 
 struct MergeSmem {
     Floats4 sums[MERGE_WARPS][2][32];
@@ -38,10 +39,9 @@ PM_DEV void merge(const DecodeParams& p, char* smem_base) {
     const int warp = pm_thread() / 32, lane = pm_thread() % 32;
     const int way = warp % ways;
     const i64 slot_bytes = piece_group_at(p, 1, 0, 0);
-    pm_grid_wait();
-    if (all <= 1) return;
     const bool lost = i64(first) + all > p.slots;   // some splits had nowhere to go
     const int n = lost ? 0 : all;
+    bool waited = false;
 
 #pragma unroll 1
     for (u32 turn = turn0; turn < turn_end; ++turn) {
@@ -60,9 +60,9 @@ PM_DEV void merge(const DecodeParams& p, char* smem_base) {
                     share[k].clear();
             }
         };
-        load(way, pm_min(n, MERGE_ROUND));
-
+        // One of the first warps has a row to weigh.
         const int my_row = group * PIECE_ROWS + warp;
+        const bool weighs = warp < PIECE_ROWS && my_row < rows;
         const float* lse = p.partial_lse + partial_row(p, lost ? 0 : first, kv_head, my_row);
         const i64 lse_stride = i64(p.h_kv) * rows;
         float x[MERGE_ROUND / 32];
@@ -70,13 +70,18 @@ PM_DEV void merge(const DecodeParams& p, char* smem_base) {
 #pragma unroll
             for (int k = 0; k < MERGE_ROUND / 32; ++k) {
                 const int i = round + k * 32 + lane;
-                x[k] = i < n && my_row < rows ? lse[i * lse_stride] : -pm_inf();
+                x[k] = i < n && weighs ? lse[i * lse_stride] : -pm_inf();
             }
         };
+        if (!waited) pm_grid_wait();
+        waited = true;
+        if (all <= 1) return;
+        read(0);
+        load(way, pm_min(n, MERGE_ROUND));
         float top = -pm_inf(), from_top = 0.0f, sum = 0.0f;
 #pragma unroll 1
         for (int round = 0; round < n; round += MERGE_ROUND) {
-            read(round);
+            if (round > 0) read(round);
             const float before = from_top;
 #pragma unroll
             for (int k = 0; k < MERGE_ROUND / 32; ++k) top = pm_max(x[k], top);     // passes over NaN, which the sum does not
@@ -90,7 +95,7 @@ PM_DEV void merge(const DecodeParams& p, char* smem_base) {
 #pragma unroll
         for (int lanes = 1; lanes < 32; lanes *= 2) sum += pm_shfl_xor(sum, lanes);
         const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        if (lane == 0 && my_row < rows && turn == u32(index) * u32(turns_a_group))
+        if (lane == 0 && weighs && turn == u32(index) * u32(turns_a_group))
             store_lse(p, req, Row(p, kv_head, my_row),
                       lost ? pm_nan() : sum == 0.0f ? -pm_inf() : from_top + pm_log2(sum));
 
@@ -103,7 +108,7 @@ PM_DEV void merge(const DecodeParams& p, char* smem_base) {
             if (n > MERGE_ROUND) read(round);
 #pragma unroll
             for (int k = 0; k < MERGE_ROUND / 32; ++k)
-                if (k * 32 + lane < end) smem.weights[k * 32 + lane][warp] = pm_exp2(x[k] - from_top) * inverse;
+                if (k * 32 + lane < end && warp < PIECE_ROWS) smem.weights[k * 32 + lane][warp] = pm_exp2(x[k] - from_top) * inverse;
             pm_sync();
 #pragma unroll 1
             for (int i0 = way; i0 < end; i0 += MERGE_AT_ONCE * ways) {
@@ -125,12 +130,15 @@ PM_DEV void merge(const DecodeParams& p, char* smem_base) {
             pm_sync();
             if (way == 0)
 #pragma unroll 1
-                for (int k = 1; k < ways; ++k) {
+                for (int k = 1; k < ways; k += 2) {
+                    const bool both = k + 1 < ways;     // two at a time, but for the last
+                    const int next = both ? k + 1 : k;
                     const Floats4 a = smem.sums[warp + k][0][lane], b = smem.sums[warp + k][1][lane];
+                    const Floats4 c = smem.sums[warp + next][0][lane], d = smem.sums[warp + next][1][lane];
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
-                        acc[e] += a.f[e];
-                        acc[4 + e] += b.f[e];
+                        acc[e] += a.f[e] + (both ? c.f[e] : 0.0f);
+                        acc[4 + e] += b.f[e] + (both ? d.f[e] : 0.0f);
                     }
                 }
         }

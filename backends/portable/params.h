@@ -79,7 +79,7 @@ struct DecodeParams {
     int combine_ways;           // 1, 2, 4 or 8: groups that share the splits of one row
     int flags;                  // DecodeFlags
     float scale_log2;           // softmax_scale * log2(e)
-    int padding;
+    float requests_a_part;      // b / num_parts: a guess of what a part begins with, which no result depends on
 };
 
 struct ScheduleParams {

@@ -65,7 +65,7 @@
 
 #ifdef PM_PIECES
 #define PM_MERGE(SUFFIX, ELEM)                                                    \
-    PM_GLOBAL(256) polymla_merge_##SUFFIX(const polymla::DecodeParams p) {        \
+    PM_GLOBAL(512) polymla_merge_##SUFFIX(const polymla::DecodeParams p) {        \
         PM_SHARED_DYNAMIC(smem);                                                  \
         polymla::merge<polymla::ELEM>(p, smem);                                   \
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::kernels::Kernels;
 use super::plan::{Partials, PortableSchedule};
-use super::tiles::{COMBINE_SHARED, Decode, MERGE_SHARED, SCHEDULE_SHARED, THREADS};
+use super::tiles::{COMBINE_SHARED, Decode, MERGE_SHARED, SCHEDULE_SHARED};
 use super::{params, supports};
 use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
 use crate::call::{Inputs, Outputs};
@@ -197,7 +197,7 @@ impl MlaBackend for PortableBackend {
             (self.decode_function(kernel, problem.dtype())?, self.combine_function(partials, problem.dtype())?);
         let blocks = blocks_per_part as u64 * schedule.num_parts() as u64;
         let decode_launch = Launch::row(decode, blocks, kernel.threads(self.kernels.class()), true)?;
-        let combine_launch = Launch::row(combine, partials.blocks(problem, &params), THREADS, true)?;
+        let combine_launch = Launch::row(combine, partials.blocks(problem, &params), partials.threads(), true)?;
         let mut list = [(&raw mut params).cast::<c_void>()];
         // SAFETY: the kernels' one parameter. What its addresses name is vouched for by the views, checked against the
         // problem above, by the schedule and by the workspace, checked for its size.

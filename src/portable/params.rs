@@ -45,7 +45,7 @@ pub(crate) struct DecodeParams {
     pub(crate) combine_ways: i32,
     pub(crate) flags: i32,
     pub(crate) scale_log2: f32,
-    pub(crate) padding: i32,
+    pub(crate) requests_a_part: f32,
 }
 
 /// `FLAG_Q_VEC16`: every row of q_nope and q_pe is 16-byte aligned.

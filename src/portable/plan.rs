@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::params::{DecodeParams, ScheduleParams};
-use super::tiles::{PIECE_BYTES, PIECE_ROWS, PIECES_A_ROW, THREADS};
+use super::tiles::{MERGE_THREADS, PIECE_BYTES, PIECE_ROWS, PIECES_A_ROW, THREADS};
 use crate::device::{Api, DevicePlan, Function, HostPlan, Launch, Plan, STATUS_OK, Stream, usable_pages_per_seq};
 use crate::error::{MlaError, Result};
 use crate::problem::Problem;
@@ -18,8 +18,11 @@ const MAX_PARTS: (usize, &str) = (65_535, "1..=65535");
 const COMBINE_GROUPS: i32 = THREADS as i32 / 32;
 const COMBINE_COLUMNS: usize = 128;
 
-/// Blocks of the merge kernel that a large device runs at a time: 132 multiprocessors, 2 each.
-const CONCURRENT_MERGES: u64 = 264;
+/// Warps in a block of the merge kernel.
+const MERGE_WARPS: i32 = MERGE_THREADS as i32 / 32;
+
+/// Blocks of the merge kernel that a large device runs at a time: 132 multiprocessors, one each.
+const CONCURRENT_MERGES: u64 = 132;
 
 /// Units that a large device merges at a time: 132 multiprocessors, 3 blocks each of 8 groups.
 const CONCURRENT_UNITS: u64 = 3168;
@@ -50,13 +53,21 @@ impl Partials {
         }
     }
 
-    /// What there is to merge for one request: rows x [`COMBINE_COLUMNS`], or turns of a block's 8 warps.
+    /// What there is to merge for one request: rows x [`COMBINE_COLUMNS`], or turns of a block's 16 warps.
     fn units(self, problem: &Problem, ways: i32) -> u64 {
         match self {
             Partials::Rows => {
                 (problem.s_q() * problem.h_q()) as u64 * problem.head_dim_v().div_ceil(COMBINE_COLUMNS) as u64
             }
-            Partials::Pieces => (piece_groups(problem) * PIECES_A_ROW) as u64 * ways as u64 / COMBINE_GROUPS as u64,
+            Partials::Pieces => (piece_groups(problem) * PIECES_A_ROW) as u64 * ways as u64 / MERGE_WARPS as u64,
+        }
+    }
+
+    /// Threads of a block of the kernel that merges.
+    pub(super) fn threads(self) -> u32 {
+        match self {
+            Partials::Rows => THREADS,
+            Partials::Pieces => MERGE_THREADS,
         }
     }
 
@@ -70,11 +81,11 @@ impl Partials {
     /// where the device has other work for them.
     fn ways(self, problem: &Problem, splits: u64) -> i32 {
         let units = self.units(problem, 1).saturating_mul(problem.b() as u64).max(1);
-        let room = match self {
-            Partials::Rows => CONCURRENT_UNITS / units,
-            Partials::Pieces => CONCURRENT_MERGES / units,
+        let (room, most) = match self {
+            Partials::Rows => (CONCURRENT_UNITS / units, COMBINE_GROUPS),
+            Partials::Pieces => (CONCURRENT_MERGES / units, MERGE_WARPS),
         };
-        1 << room.min(splits).clamp(1, COMBINE_GROUPS as u64).ilog2()
+        1 << room.min(splits).clamp(1, most as u64).ilog2()
     }
 
     /// Units of a block: as many as it merges at a time, or as many times that as leave [`MAX_COMBINE_BLOCKS`].
@@ -194,6 +205,7 @@ impl PortableSchedule {
         params.partial_lse = workspace + self.workspace_layout(problem, partials).0 as u64;
         params.status = at.status;
         params.num_parts = plan.num_parts() as i32;
+        params.requests_a_part = problem.b() as f32 / plan.num_parts().max(1) as f32;
         params.fixed_split_blocks = plan.fixed_split_blocks();
         params.slots = self.slots(problem) as i32;
         // A batch-invariant run must add in one order in every batch.

@@ -12,8 +12,9 @@ const GENERIC_COLUMNS: usize = 4 * THREADS as usize;
 /// At least `sizeof(GenericSmem)`; `COMBINE_SMEM`, `SCHEDULE_SMEM`.
 const GENERIC_SHARED: u32 = 1024;
 pub(crate) const COMBINE_SHARED: u32 = 4096;
-/// `sizeof(MergeSmem)`.
-pub(crate) const MERGE_SHARED: u32 = 13952;
+/// Of the merge kernel: threads, and `sizeof(MergeSmem)`.
+pub(crate) const MERGE_THREADS: u32 = 512;
+pub(crate) const MERGE_SHARED: u32 = 22144;
 /// Pieces of partial results, as `pieces.h` has them: in a row of O; query rows and bytes of one.
 pub(crate) const PIECES_A_ROW: usize = 16;
 pub(crate) const PIECE_ROWS: usize = 8;
@@ -146,7 +147,7 @@ mod tests {
             }
             text += &format!(
                 "#ifdef PM_PIECES\n#include \"merge.h\"\nstatic_assert(sizeof(MergeSmem) == {MERGE_SHARED}, \"\");\n\
-                 static_assert(MERGE_THREADS == {THREADS} && PIECES_A_ROW == {PIECES_A_ROW}, \"\");\n\
+                 static_assert(MERGE_THREADS == {MERGE_THREADS} && PIECES_A_ROW == {PIECES_A_ROW}, \"\");\n\
                  static_assert(PIECE_ROWS == {PIECE_ROWS} && PIECE_BYTES == {PIECE_BYTES}, \"\");\n#endif\n"
             );
             std::fs::write(&source, text).expect("the folder of temporary files");

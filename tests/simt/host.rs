@@ -52,7 +52,7 @@ pub struct DecodeParams {
     pub combine_ways: i32,
     pub flags: i32,
     pub scale_log2: f32,
-    pub padding: i32,
+    pub requests_a_part: f32,
 }
 const _: () = assert!(size_of::<DecodeParams>() == 8 * 35 + 4 * 20);
 
@@ -277,7 +277,7 @@ impl SimtBackend {
             combine_ways: if rows > 32 { 1 } else { 1 << (rows % 4) },
             flags: i32::from(q_aligned) | i32::from(kv_aligned) << 1 | i32::from(out_vec) << 2,
             scale_log2: p.softmax_scale() * std::f32::consts::LOG2_E,
-            padding: 0,
+            requests_a_part: p.b() as f32 / schedule.parts.len() as f32,
         }
     }
 }
@@ -364,7 +364,7 @@ impl MlaBackend for SimtBackend {
             None => (format!("polymla_generic_{dtype}"), rows * p.head_dim_v().div_ceil(1024) * parts),
         };
         let units = match self.pieces(p) {
-            true => p.h_kv() * rows.div_ceil(8) * 2 * params.combine_ways as usize,
+            true => p.h_kv() * rows.div_ceil(8) * params.combine_ways as usize,
             false => p.s_q() * p.h_q() * p.head_dim_v().div_ceil(128),
         };
         let combine = format!("polymla_{}_{dtype}", if self.pieces(p) { "merge" } else { "combine" });

@@ -79,7 +79,7 @@ constexpr Kernel with_roles(const char* name, void (*entry)(const void*)) {
 #define DECODES(ELEM) DECODE(ELEM, 576, 16) DECODE(ELEM, 512, 16)
 #endif
 #ifdef PM_PIECES
-#define MERGE(ELEM) {"polymla_merge_" #ELEM, decode_entry<polymla_merge_##ELEM>, sizeof(polymla::MergeSmem), 256},
+#define MERGE(ELEM) {"polymla_merge_" #ELEM, decode_entry<polymla_merge_##ELEM>, sizeof(polymla::MergeSmem), polymla::MERGE_THREADS},
 #else
 #define MERGE(ELEM)
 #endif

@@ -39,7 +39,8 @@ fn slot(split: usize) -> Vec<u8> {
 fn the_merge_kernel_takes_any_number_of_splits() {
     for variant in ["mma-32-99", "mma-32-227"] {
         let kernels = Kernels::open(&by_name(variant));
-        for (n, ways, units) in [(2, 1, 1), (7, 8, 3), (65, 8, 1), (160, 4, 2), (161, 2, 64), (403, 1, 5), (330, 8, 2)]
+        for (n, ways, units) in
+            [(2, 1, 1), (7, 8, 3), (65, 8, 1), (160, 4, 2), (161, 2, 64), (403, 1, 5), (330, 8, 2), (90, 16, 2)]
         {
             let pieces: Vec<u8> = (0..n).flat_map(slot).collect();
             let sums: Vec<f32> = (0..n).flat_map(|split| (0..ROWS).map(move |row| lse(split, row))).collect();
@@ -67,7 +68,7 @@ fn the_merge_kernel_takes_any_number_of_splits() {
                 flags: 4,
                 ..DecodeParams::default()
             };
-            let turns = ROWS.div_ceil(8) * 2 * ways as usize;
+            let turns = ROWS.div_ceil(8) * ways as usize;
             let shared = kernels.shared_bytes("polymla_merge_f16");
             // SAFETY: every pointer is to a vector of the size that the kernel takes from these numbers.
             unsafe { kernels.launch("polymla_merge_f16", turns.div_ceil(units as usize), shared, &params, 3) };
