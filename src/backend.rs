@@ -40,6 +40,19 @@ pub enum Evidence {
     T5,
 }
 
+impl Evidence {
+    /// What the tier says, in words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Evidence::T1 => "compiles to the vendor's instruction set",
+            Evidence::T2 => "host code ran against the vendor's library without a device",
+            Evidence::T3 => "the kernel source ran on a CPU at the vendor's warp width",
+            Evidence::T4 => "kernel source and host code ran on another vendor's device",
+            Evidence::T5 => "ran on the hardware it is for",
+        }
+    }
+}
+
 impl fmt::Display for Evidence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{self:?}")

@@ -221,7 +221,7 @@ pub fn run(args: &Args, json: bool) -> Outcome {
             })
             .collect();
         let pair = |(name, reason): &(&str, String)| json!({"backend": name, "reason": reason});
-        let tier = |(name, info, passed): &(&str, polymla::BackendInfo, bool)| json!({"backend": name, "device": info.device_name, "tier": info.evidence.to_string(), "passed": passed});
+        let tier = |(name, info, passed): &(&str, polymla::BackendInfo, bool)| json!({"backend": name, "device": info.device_name, "tier": info.evidence.to_string(), "how": info.evidence.words(), "passed": passed});
         output::json(&json!({"passed": good, "checks": rows, "evidence": tiers.iter().map(tier).collect::<Vec<_>>(),
             "skipped": skips.iter().map(pair).collect::<Vec<_>>(),
             "missing": missing.iter().map(pair).collect::<Vec<_>>()}))?;
@@ -232,7 +232,11 @@ pub fn run(args: &Args, json: bool) -> Outcome {
         let rows = lines.iter().filter(|l| l.backend == *name).map(Line::cells);
         let header = ["call", "checks", "worst out error", "of allowance", "lse of allow.", "ms"];
         println!("{}", output::table(&header, 2, rows));
-        println!("evidence tier: {}\n", if *all { info.evidence.to_string() } else { "none, checks failed".into() });
+        let tier = info.evidence;
+        println!(
+            "evidence tier: {}\n",
+            if *all { format!("{tier}, {}", tier.words()) } else { "none, checks failed".into() }
+        );
     }
     for line in &lines {
         problems_of(&line.checks).for_each(|problem| println!("FAIL {}: {problem}", line.backend));
