@@ -286,6 +286,21 @@ fn segments_without_keys_between_others() {
     assert!(tested >= 3, "only {tested} calls have requests with keys and without");
 }
 
+/// A scale of zero weighs all visible keys alike, and a key that is hidden must not become NaN by it.
+#[test]
+fn a_scale_of_zero_hides_hidden_keys() {
+    for (name, heads_per_kv) in [("mma-32-227", 64), ("mma-32-227", 16), ("mfma-64-64", 16)] {
+        let backend = SimtBackend::new(by_name(name));
+        let limits = Limits { max_tokens: 200, ..tuned(heads_per_kv, 4, 8) };
+        let fits = |c: &Call| c.problem.softmax_scale() == 0.0 && c.problem.heads_per_kv() * 2 > heads_per_kv;
+        let calls = (0..).map(|seed| random_call(seed, &limits).unwrap()).filter(fits);
+        for call in calls.filter(|c| c.problem.s_q() > 1).take(3) {
+            let outcome = check_with(&backend, &call, Layout::Given, &ScheduleOptions::default());
+            assert!(outcome.passed(), "{name} {}: {}", call.name, outcome.failure());
+        }
+    }
+}
+
 #[test]
 fn batch_invariant_rows_have_the_same_bits_alone() {
     let limits = Limits { max_tokens: 700, ..tuned(20, 2, 8) };

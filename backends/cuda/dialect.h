@@ -48,6 +48,12 @@ PM_DEV u32 pm_pack_bf16(float lo, float hi) {
     return r;
 }
 
+PM_DEV float pm_max(float a, float b) {
+    float r;
+    asm("max.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+
 // Brings the line of an address that may be read into L2.
 PM_DEV void pm_prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
@@ -97,6 +103,17 @@ template <class T>
 PM_DEV T pm_shfl(T x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);
 }
+PM_DEV float pm_fma(float a, float b, float c) {
+    float r;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(a), "f"(b), "f"(c));
+    return r;
+}
+// The inverse of pm_ldmatrix_x4; sm_90 and later.
+PM_DEV void pm_stmatrix_x4(char* at, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(pm_shared(at)), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+}
 // Four bytes of the eight of x and y, x the lower ones, by the digits of the selector.
 PM_DEV u32 pm_bytes(u32 x, u32 y, u32 selector) { return __byte_perm(x, y, selector); }
 // A barrier in shared memory of 8 bytes, whose phases complete by `arrivals` arrivals each.
@@ -110,6 +127,23 @@ PM_DEV void pm_mbar_arrive(char* at) {
 PM_DEV void pm_copy_arrive(char* at) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(pm_shared(at)) : "memory");
 }
+// Whole rows, which the copy engine brings: sm_90 and later. Arrives on a barrier, whose phase then also waits for so many bytes.
+PM_DEV void pm_mbar_arrive_expect(char* at, int bytes) {
+    asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(pm_shared(at)), "r"(bytes)
+                 : "memory");
+}
+// A multiple of 16 bytes between multiples of 16, which count for the barrier once they are there.
+PM_DEV void pm_bulk_copy(char* dst, const void* src, int bytes, char* at) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(pm_shared(dst)),
+                 "l"(src), "r"(bytes), "r"(pm_shared(at))
+                 : "memory");
+}
+PM_DEV void pm_bulk_prefetch(const void* src, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
+}
+// Shows the copy engine the barriers that this thread made, or orders it behind what this thread wrote.
+PM_DEV void pm_mbar_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+PM_DEV void pm_fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Waits for the end of the phase of this parity.
 PM_DEV void pm_mbar_wait(char* at, u32 parity) {
 #if __CUDA_ARCH__ >= 900

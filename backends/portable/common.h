@@ -6,6 +6,7 @@
 //   pm_thread, pm_block, pm_sync                       index and barrier of a block
 //   pm_shfl_xor, pm_shfl                               within 32 neighbouring lanes, all of which must arrive
 //   pm_exp2, pm_log2, pm_atomic_min                    arithmetic
+//   pm_max                                             the larger number; of a number and NaN, either
 //   pm_copy16, pm_copy_commit, pm_copy_wait            16 bytes from global to shared memory, asynchronous where it can be
 //   pm_prefetch                                        brings an address that may be read into the cache, or nothing
 //   pm_grid_wait, pm_grid_release                      ordering against the kernel before and after, or nothing
@@ -28,7 +29,6 @@ PM_DEV float pm_inf() { return pm_from_bits(0x7f800000u); }
 PM_DEV float pm_nan() { return pm_from_bits(0x7fc00000u); }
 
 PM_DEV int pm_min(int a, int b) { return a < b ? a : b; }
-PM_DEV float pm_max(float a, float b) { return a > b ? a : b; }
 
 // ---- elements -------------------------------------------------------------------------------
 

@@ -72,14 +72,6 @@ struct Config {
     static constexpr int s = state + 64;
     static constexpr int total = s + (S_OVERLAY ? 0 : S_BYTES);
     static_assert(!S_OVERLAY || S_BYTES <= STAGE_BYTES / 2, "the scores fit the late half");
-    // The kernel with roles keeps no scores and no limits; each of its two groups has factors of its own.
-    static constexpr int factor_1 = limit;          // f32 [M]: the second group's
-    static constexpr int room = s;                  // f32 [2][M]: maxima
-    static constexpr int sums = room + 2 * M * 4;   // f32 [2][M]: the second group's maxima and sums
-    static constexpr int inverse = sums + 2 * M * 4; // f32 [M]: what O is multiplied by at the end
-    static constexpr int offsets = inverse + M * 4; // i64 [M]: where its rows go
-    static constexpr int barriers = offsets + M * 8;
-    static constexpr int roles_total = barriers + 288;
     static_assert(total <= POLYMLA_SMEM_KIB * 1024, "the class's shared memory");
 };
 

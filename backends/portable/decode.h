@@ -228,21 +228,21 @@ struct Decoder {
 
     // Ends row r of the tile: its lse, where its O goes (-1: nowhere), what O is multiplied by. `bad`: some key was not there.
     static PM_DEV void finish_row(const DecodeParams& p, const Segment& s, int kv_head, int row0, int r, int limit, bool bad,
-                                  float m, float l, float* inverse, i64* offset) {
-        offset[r] = -1;
+                                  float m, float l, float& inverse, i64& offset) {
+        offset = -1;
         if (limit == -2) return;
         const Row row(p, kv_head, row0 + r);
         const bool invalid = bad || limit == -1;
         const bool empty = l == 0.0f;
-        inverse[r] = invalid ? pm_nan() : empty ? 0.0f : 1.0f / l;
+        inverse = invalid ? pm_nan() : empty ? 0.0f : 1.0f / l;
         const float log2_sum = invalid ? pm_nan() : empty ? -pm_inf() : m + pm_log2(l);
         if (s.slot < 0) {
             store_lse(p, s.req, row, log2_sum);
-            offset[r] = out_offset(p, s.req, row);
+            offset = out_offset(p, s.req, row);
         } else {
             const i64 at = partial_row(p, s.slot, kv_head, row0 + r);
             p.partial_lse[at] = log2_sum;
-            offset[r] = at * C::DV;
+            offset = at * C::DV;
         }
     }
 
@@ -329,7 +329,7 @@ struct Decoder {
         float* inverse = reinterpret_cast<float*>(smem + C::factor);
         const int r = pm_thread() / C::TPR;
         if (pm_thread() % C::TPR == 0 && r < C::M) {
-            finish_row(p, s, kv_head, row0, r, limit[r], *bad != 0, state.m, state.l, inverse, offset);
+            finish_row(p, s, kv_head, row0, r, limit[r], *bad != 0, state.m, state.l, inverse[r], offset[r]);
         }
         pm_sync();
         if (s.slot < 0) {

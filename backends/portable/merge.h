@@ -24,6 +24,80 @@ struct MergeSmem {
     float weights[MERGE_ROUND][PIECE_ROWS + 1];     // by split and row; padded, for a warp writes a column
 };
 
+// A warp's share of the merged piece, as PieceShare has it.
+template <class Elem>
+PM_DEV void store_merged(const DecodeParams& p, int req, int kv_head, int group, int chunk, const float (&acc)[8]) {
+    const int lane = pm_thread() % 32, row = group * PIECE_ROWS + lane / 4;
+    if (row >= p.s_q * p.heads_per_kv) return;
+    u16* to = static_cast<u16*>(p.out) + out_offset(p, req, Row(p, kv_head, row));
+    const int col = chunk * PIECE_COLUMNS + lane % 4 * 2;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+        const u32 word = Elem::pack(acc[2 * q], acc[2 * q + 1]);
+        if (p.flags & FLAG_OUT_VEC) {
+            *reinterpret_cast<u32*>(to + col + q * 8) = word;
+        } else {
+            to[i64(col + q * 8) * p.out_stride_d] = u16(word);
+            to[i64(col + q * 8 + 1) * p.out_stride_d] = u16(word >> 16);
+        }
+    }
+}
+
+// Pieces [begin, end) of a request with at most N splits, by warps that need nothing of each other: each lane weighs its row.
+// 8 / N pieces of a warp are on their way at a time.
+template <class Elem, int N>
+PM_DEV void merge_few(const DecodeParams& p, int req, int first, int n, int begin, int end) {
+    constexpr int AT_ONCE = MERGE_AT_ONCE / N;
+    const int rows = p.s_q * p.heads_per_kv, groups = piece_groups(p);
+    const int warp = pm_thread() / 32, lane = pm_thread() % 32;
+    const i64 slot_bytes = piece_group_at(p, 1, 0, 0), lse_stride = i64(p.h_kv) * rows;
+#pragma unroll 1
+    for (int piece0 = begin + warp; piece0 < end; piece0 += AT_ONCE * MERGE_WARPS) {
+        PieceShare share[AT_ONCE][N];
+        float x[AT_ONCE][N];
+        int kv_head[AT_ONCE], group[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            const int piece = piece0 + k * MERGE_WARPS, index = piece / PIECES_A_ROW;
+            kv_head[k] = p.h_kv == 1 ? 0 : index / groups;
+            group[k] = index - kv_head[k] * groups;
+            const char* from = reinterpret_cast<const char*>(p.partial_out) + piece_group_at(p, first, kv_head[k], group[k]) +
+                               piece % PIECES_A_ROW * PIECE_BYTES;
+            const int row = group[k] * PIECE_ROWS + lane / 4;
+            const float* lse = p.partial_lse + partial_row(p, first, kv_head[k], row);
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const bool there = piece < end && i < n;
+                x[k][i] = there && row < rows ? lse[i * lse_stride] : -pm_inf();
+                if (there)
+                    share[k][i].load(from + i * slot_bytes, lane);
+                else
+                    share[k][i].clear();
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            const int piece = piece0 + k * MERGE_WARPS, row = group[k] * PIECE_ROWS + lane / 4;
+            if (piece >= end) return;
+            float top = x[k][0], sum = 0.0f;
+#pragma unroll
+            for (int i = 1; i < N; ++i) top = pm_max(top, x[k][i]);
+            const float from_top = top == -pm_inf() ? 0.0f : top;
+#pragma unroll
+            for (int i = 0; i < N; ++i) sum += x[k][i] = pm_exp2(x[k][i] - from_top);
+            const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+            if (piece % PIECES_A_ROW == 0 && lane % 4 == 0 && row < rows)
+                store_lse(p, req, Row(p, kv_head[k], row), sum == 0.0f ? -pm_inf() : from_top + pm_log2(sum));
+            float acc[8] = {};
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+#pragma unroll
+                for (int e = 0; e < 8; ++e) acc[e] += x[k][i] * inverse * share[k][i].value(e);
+            store_merged<Elem>(p, req, kv_head[k], group[k], piece % PIECES_A_ROW, acc);
+        }
+    }
+}
+
 template <class Elem>
 PM_DEV void merge(const DecodeParams& p, char* smem_base) {
     MergeSmem& smem = *reinterpret_cast<MergeSmem*>(smem_base);
@@ -41,6 +115,18 @@ PM_DEV void merge(const DecodeParams& p, char* smem_base) {
     const i64 slot_bytes = piece_group_at(p, 1, 0, 0);
     const bool lost = i64(first) + all > p.slots;   // some splits had nowhere to go
     const int n = lost ? 0 : all;
+    if (all <= MERGE_AT_ONCE && !lost) {
+        const int begin = int(turn0) * together, end = int(turn_end) * together;
+        pm_grid_wait();
+        if (all <= 1) return;
+        if (all <= 2)
+            merge_few<Elem, 2>(p, req, first, all, begin, end);
+        else if (all <= 4)
+            merge_few<Elem, 4>(p, req, first, all, begin, end);
+        else
+            merge_few<Elem, 8>(p, req, first, all, begin, end);
+        return;
+    }
     bool waited = false;
 
 #pragma unroll 1
@@ -142,21 +228,7 @@ PM_DEV void merge(const DecodeParams& p, char* smem_base) {
                     }
                 }
         }
-        const int row = group * PIECE_ROWS + lane / 4;
-        if (way == 0 && row < rows) {
-            u16* to = static_cast<u16*>(p.out) + out_offset(p, req, Row(p, kv_head, row));
-            const int col = chunk * PIECE_COLUMNS + lane % 4 * 2;
-#pragma unroll
-            for (int q = 0; q < 4; ++q) {
-                const u32 word = Elem::pack(acc[2 * q], acc[2 * q + 1]);
-                if (p.flags & FLAG_OUT_VEC) {
-                    *reinterpret_cast<u32*>(to + col + q * 8) = word;
-                } else {
-                    to[i64(col + q * 8) * p.out_stride_d] = u16(word);
-                    to[i64(col + q * 8 + 1) * p.out_stride_d] = u16(word >> 16);
-                }
-            }
-        }
+        if (way == 0) store_merged<Elem>(p, req, kv_head, group, chunk, acc);
         if (ways > 1 && turn + 1 < turn_end) pm_sync();     // the sums are read
     }
 }

@@ -78,7 +78,7 @@ struct DecodeParams {
     int combine_units;          // what a block of the combine kernel merges, in query rows x 128 columns
     int combine_ways;           // 1, 2, 4 or 8: groups that share the splits of one row
     int flags;                  // DecodeFlags
-    float scale_log2;           // softmax_scale * log2(e)
+    float scale_log2;           // softmax_scale * log2(e), at least 1e-30
     float requests_a_part;      // b / num_parts: a guess of what a part begins with, which no result depends on
 };
 

@@ -29,6 +29,7 @@ PM_DEV void pm_copy_commit() {}
 template <int N>
 PM_DEV void pm_copy_wait() {}
 
+PM_DEV float pm_max(float a, float b) { return a > b ? a : b; }
 PM_DEV void pm_prefetch(const void*) {}
 PM_DEV void pm_grid_wait() {}
 PM_DEV void pm_grid_release() {}

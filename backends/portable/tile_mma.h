@@ -41,21 +41,21 @@ struct MmaTile {
             pm_ldmatrix_x4(o.b[n], key.base + (token0 + 16 * n + (l & 7) + (l / 16) * 8) * (UK * 16) +
                                        (((2 * kk + ((l / 8) & 1)) ^ (l & 7)) << 4));
     }
-    // The same for rows of U units that begin at q and key, which step k of a tile is k * 32 bytes behind. `a` and `b` are where
-    // this lane reads; the swizzle is an XOR of their low bits with a constant, where k is one.
+    // The same for step k of rows that begin at q, swizzled and of U units, and at key, ROW bytes apart. `a` is where this lane
+    // reads in q, whose swizzle is an XOR of its low bits with a constant, where k is one; key is where it reads there. ROW is an
+    // odd number of 16 bytes: 8 rows cover all banks as they are.
     template <int U>
     static PM_DEV int a_lane() { return lane() % 16 * (U * 16) + ((lane() / 16) ^ (lane() & 7)) * 16; }
-    template <int U>
-    static PM_DEV int b_lane() {
-        return ((lane() & 7) + lane() / 16 * 8) * (U * 16) + (((lane() / 8) & 1) ^ (lane() & 7)) * 16;
-    }
-    template <int MT, int NT, int U>
-    static PM_DEV void load_step(Operands<MT, NT>& o, const char* q, int a, const char* key, int b, int k) {
+    template <int ROW>
+    static PM_DEV int b_lane() { return ((lane() & 7) + lane() / 16 * 8) * ROW + ((lane() / 8) & 1) * 16; }
+    template <int MT, int NT, int U, int ROW>
+    static PM_DEV void load_step(Operands<MT, NT>& o, const char* q, int a, const char* key, int k) {
+        static_assert(ROW / 16 % 2 == 1 && ROW % 16 == 0, "banks");
         const int flip = k % 4 * 32, piece = k / 4 * 128;
 #pragma unroll
         for (int m = 0; m < MT; ++m) pm_ldmatrix_x4(o.a[m], q + (a ^ flip) + (m * 16 * U * 16 + piece));
 #pragma unroll
-        for (int n = 0; n < NT; ++n) pm_ldmatrix_x4(o.b[n], key + (b ^ flip) + (n * 16 * U * 16 + piece));
+        for (int n = 0; n < NT; ++n) pm_ldmatrix_x4(o.b[n], key + (n * 16 * ROW + k * 32));
     }
     template <int MT, int NT>
     static PM_DEV void multiply(C (&acc)[MT][NT], const Operands<MT, NT>& o) {
@@ -96,9 +96,10 @@ struct MmaTile {
         }
     }
 
-    // One step of pv. `p` and `v` are where this lane reads, in bytes from `base`: the step's place in both, and pv_lane. The
-    // swizzle is an XOR here too.
-    static PM_DEV int pv_lane(int lane, int row_bytes) { return lane % 16 * row_bytes + ((lane / 16) ^ (lane & 7)) * 16; }
+    // One step of pv. `p` and `v` are where this lane reads, in bytes from `base`: the step's place in both, and p_lane, whose
+    // swizzle is an XOR here too, or v_lane.
+    static PM_DEV int p_lane(int lane, int row_bytes) { return lane % 16 * row_bytes + ((lane / 16) ^ (lane & 7)) * 16; }
+    static PM_DEV int v_lane(int lane, int row_bytes) { return lane % 16 * row_bytes + lane / 16 * 16; }
     template <int MT, int UP>
     static PM_DEV void pv_step(C (&acc)[MT][4], const char* base, int p, int v) {
         u32 a[MT][4];
@@ -107,7 +108,7 @@ struct MmaTile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             u32 b[4];
-            pm_ldmatrix_x4_trans(b, base + (v ^ i * 32));
+            pm_ldmatrix_x4_trans(b, base + v + i * 32);
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 pm_mma_16816<Elem>(acc[m][i].v, a[m], b);

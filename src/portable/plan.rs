@@ -30,6 +30,9 @@ const CONCURRENT_UNITS: u64 = 3168;
 /// Blocks of the combine kernel, about: several for each multiprocessor of any device.
 const MAX_COMBINE_BLOCKS: u64 = 2048;
 
+/// Blocks of the merge kernel, about. One to a multiprocessor at a time, each new round costs as much as its work.
+const MAX_MERGE_BLOCKS: u64 = 2 * CONCURRENT_MERGES;
+
 /// Rows of pieces that a slot has.
 fn piece_groups(problem: &Problem) -> usize {
     (problem.s_q() * problem.heads_per_kv()).div_ceil(PIECE_ROWS).saturating_mul(problem.h_kv())
@@ -88,14 +91,15 @@ impl Partials {
         1 << room.min(splits).clamp(1, most as u64).ilog2()
     }
 
-    /// Units of a block: as many as it merges at a time, or as many times that as leave [`MAX_COMBINE_BLOCKS`].
+    /// Units of a block: as many as it merges at a time, or as many times that as leave [`MAX_COMBINE_BLOCKS`] or
+    /// [`MAX_MERGE_BLOCKS`].
     fn units_a_block(self, problem: &Problem, ways: i32) -> i32 {
         let units = self.units(problem, ways).saturating_mul(problem.b() as u64);
-        let turn = match self {
-            Partials::Rows => (COMBINE_GROUPS / ways) as u64,
-            Partials::Pieces => 1,
+        let (turn, blocks) = match self {
+            Partials::Rows => ((COMBINE_GROUPS / ways) as u64, MAX_COMBINE_BLOCKS),
+            Partials::Pieces => (1, MAX_MERGE_BLOCKS),
         };
-        let turns = units.div_ceil(MAX_COMBINE_BLOCKS).div_ceil(turn).max(1);
+        let turns = units.div_ceil(blocks).div_ceil(turn).max(1);
         i32::try_from(turns * turn).unwrap_or(i32::MAX)
     }
 }

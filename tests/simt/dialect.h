@@ -29,6 +29,7 @@ PM_DEV void pm_grid_wait() {}
 PM_DEV void pm_grid_release() {}
 PM_DEV float pm_exp2(float x) { return std::exp2(x); }
 PM_DEV float pm_log2(float x) { return std::log2(x); }
+PM_DEV float pm_max(float a, float b) { return std::fmax(a, b); }
 PM_DEV void pm_atomic_min(int* at, int value) { *at = value < *at ? value : *at; }
 
 struct ShuffleLane {

@@ -42,9 +42,19 @@ PM_DEV T pm_shfl(T x, int lane) {
     simt::collective(32, shfl<T>, &mine, __FILE__, __LINE__);
     return mine.y;
 }
+PM_DEV float pm_fma(float a, float b, float c) { return std::fma(a, b, c); }
 PM_DEV void pm_mbar_init(char* at, int arrivals) { simt::phase_init(at, arrivals); }
 PM_DEV void pm_mbar_arrive(char* at) { simt::phase_arrive(at, false, __FILE__, __LINE__); }
 PM_DEV void pm_copy_arrive(char* at) { simt::phase_arrive(at, true, __FILE__, __LINE__); }
+PM_DEV void pm_mbar_init_done() {}
+PM_DEV void pm_fence_bulk() {}
+PM_DEV void pm_mbar_arrive_expect(char* at, int bytes) { simt::phase_arrive_expect(at, bytes, __FILE__, __LINE__); }
+PM_DEV void pm_bulk_copy(char* dst, const void* src, int bytes, char* at) {
+    simt::bulk_copy(dst, src, bytes, at, __FILE__, __LINE__);
+}
+PM_DEV void pm_bulk_prefetch(const void* src, int bytes) {
+    for (int i = 0; i < bytes; i += 16) pm_prefetch(static_cast<const char*>(src) + i);
+}
 PM_DEV void pm_mbar_wait(char* at, u32 parity) { simt::phase_wait(at, parity, __FILE__, __LINE__); }
 
 // Lane 8 i + r gives the address of row r of matrix i, 8 elements. Lane l receives of each matrix elements 2 (l % 4) and
@@ -83,6 +93,27 @@ PM_DEV void pm_ldmatrix_x4(u32 (&r)[4], const char* at) {
 PM_DEV void pm_ldmatrix_x4_trans(u32 (&r)[4], const char* at) {
     LdmatrixLane mine = {at, r, true};
     simt::collective(32, ldmatrix, &mine, __FILE__, __LINE__);
+}
+
+// The inverse: lane l gives of each matrix elements 2 (l % 4) and the next of row l / 4.
+struct StmatrixLane {
+    char* row;
+    u32 r[4];
+};
+PM_DEV void stmatrix(void** records) {
+    for (int i = 0; i < 32; ++i) {
+        char* at = static_cast<StmatrixLane*>(records[i])->row;
+        if (reinterpret_cast<uintptr_t>(at) % 16 != 0) {
+            std::fprintf(stderr, "simt: stmatrix row address is not a multiple of 16\n");
+            std::abort();
+        }
+        for (int pair = 0; pair < 4; ++pair)
+            std::memcpy(at + pair * 4, &static_cast<StmatrixLane*>(records[i % 8 * 4 + pair])->r[i / 8], 4);
+    }
+}
+PM_DEV void pm_stmatrix_x4(char* at, u32 a, u32 b, u32 c, u32 d) {
+    StmatrixLane mine = {at, {a, b, c, d}};
+    simt::collective(32, stmatrix, &mine, __FILE__, __LINE__);
 }
 
 struct MmaLane {

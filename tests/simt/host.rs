@@ -276,7 +276,7 @@ impl SimtBackend {
             combine_units: if rows > 32 { 16 } else { 3 },
             combine_ways: if rows > 32 { 1 } else { 1 << (rows % 4) },
             flags: i32::from(q_aligned) | i32::from(kv_aligned) << 1 | i32::from(out_vec) << 2,
-            scale_log2: p.softmax_scale() * std::f32::consts::LOG2_E,
+            scale_log2: (p.softmax_scale() * std::f32::consts::LOG2_E).max(1e-30),
             requests_a_part: p.b() as f32 / schedule.parts.len() as f32,
         }
     }

@@ -59,7 +59,7 @@ struct Kernel {
 template <int DK>
 constexpr Kernel with_roles(const char* name, void (*entry)(const void*)) {
     typedef typename polymla::ClassConfig<DK, 512, 64>::type C;
-    return {name, entry, C::roles_total, polymla::RoleDecoder<polymla::Bf16, polymla::MmaTile<polymla::Bf16>, C>::THREADS};
+    return {name, entry, polymla::RoleShared<C>::total, polymla::RoleShared<C>::THREADS};
 }
 #define DECODE_64(ELEM, DK) \
     with_roles<DK>("polymla_decode_" #ELEM "_d" #DK "_m64", decode_entry<polymla_decode_##ELEM##_d##DK##_m64>),

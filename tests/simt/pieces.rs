@@ -39,9 +39,19 @@ fn slot(split: usize) -> Vec<u8> {
 fn the_merge_kernel_takes_any_number_of_splits() {
     for variant in ["mma-32-99", "mma-32-227"] {
         let kernels = Kernels::open(&by_name(variant));
-        for (n, ways, units) in
-            [(2, 1, 1), (7, 8, 3), (65, 8, 1), (160, 4, 2), (161, 2, 64), (403, 1, 5), (330, 8, 2), (90, 16, 2)]
-        {
+        for (n, ways, units) in [
+            (2, 1, 1),
+            (3, 1, 2),
+            (8, 2, 5),
+            (9, 4, 1),
+            (7, 8, 3),
+            (65, 8, 1),
+            (160, 4, 2),
+            (161, 2, 64),
+            (403, 1, 5),
+            (330, 8, 2),
+            (90, 16, 2),
+        ] {
             let pieces: Vec<u8> = (0..n).flat_map(slot).collect();
             let sums: Vec<f32> = (0..n).flat_map(|split| (0..ROWS).map(move |row| lse(split, row))).collect();
             let num_splits = [0, n as i32];

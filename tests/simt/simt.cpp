@@ -43,6 +43,7 @@ struct Meeting {
 
 struct Phase {
     int arrivals = 0, arrived = 0;
+    long long bytes = 0;        // expected and not yet counted
     unsigned parity = 0;
     std::vector<Copy> copies;
     std::vector<int> waiting;
@@ -206,6 +207,18 @@ Phase& phase(char* at, const char* file, int line) {
     return found->second;
 }
 
+// Ends a phase that has all its arrivals and bytes.
+void complete(Phase& p) {
+    if (p.arrived < p.arrivals || p.bytes != 0) return;
+    p.who.clear();
+    land(p.copies);
+    p.copies.clear();
+    p.arrived = 0;
+    p.parity ^= 1;
+    for (int other : p.waiting) here->ready.push_back(other);
+    p.waiting.clear();
+}
+
 void phase_arrive(char* at, bool copies, const char* file, int line) {
     Block& b = *here;
     Phase& p = phase(at, file, line);
@@ -215,14 +228,23 @@ void phase_arrive(char* at, bool copies, const char* file, int line) {
         group.clear();
     }
     if (!p.who.insert(b.current).second) die("a thread arrives twice in one phase", file, line);
-    if (++p.arrived < p.arrivals) return;
-    p.who.clear();
-    land(p.copies);
-    p.copies.clear();
-    p.arrived = 0;
-    p.parity ^= 1;
-    for (int other : p.waiting) b.ready.push_back(other);
-    p.waiting.clear();
+    ++p.arrived;
+    complete(p);
+}
+
+void phase_arrive_expect(char* at, int bytes, const char* file, int line) {
+    phase(at, file, line).bytes += bytes;
+    phase_arrive(at, false, file, line);
+}
+
+void bulk_copy(char* dst, const void* src, int bytes, char* at, const char* file, int line) {
+    const auto unaligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; };
+    if (bytes % 16 != 0 || unaligned(dst) || unaligned(src)) die("a bulk copy that is not of whole 16 bytes", file, line);
+    std::memset(dst, POISON, size_t(bytes));
+    Phase& p = phase(at, file, line);
+    for (int i = 0; i < bytes; i += 16) p.copies.push_back({dst + i, static_cast<const char*>(src) + i, true});
+    p.bytes -= bytes;
+    complete(p);
 }
 
 void phase_wait(char* at, unsigned parity, const char* file, int line) {

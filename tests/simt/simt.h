@@ -30,7 +30,12 @@ void collective(int width, Op op, void* mine, const char* file, int line);
 // the threads that arrive with theirs (`copies`) land when the phase completes, not before.
 void phase_init(char* at, int arrivals);
 void phase_arrive(char* at, bool copies, const char* file, int line);
+// As an arrival without copies; the phase also waits until copies of so many bytes were counted for it.
+void phase_arrive_expect(char* at, int bytes, const char* file, int line);
 void phase_wait(char* at, unsigned parity, const char* file, int line);
+
+// `bytes` from `src`, which count for the phase of a barrier and land when it completes. All are multiples of 16.
+void bulk_copy(char* dst, const void* src, int bytes, char* at, const char* file, int line);
 
 // 16 bytes from `src`, or zeros.
 void copy16(char* dst, const void* src, bool valid);
