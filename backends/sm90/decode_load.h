@@ -1,9 +1,10 @@
 // Filling shared memory: three loader warps that do nothing else. Each walks the segments by itself: Q first,
-// as if it were a block, then the segment's KV blocks. In a part's first segment Q comes after one block, which has the longer way.
+// as if it were a block, then the segment's KV blocks.
 //
 //   warp 12  columns 0..256                      one turn of the ring of stages each
 //   warp 13  columns 256..448, the rope columns
-//   warp 14  columns 448..512, two tiles; they come late, when P V has given one back. Of Q also the rope columns.
+//   warp 14  columns 448..512, two tiles; they come late, when P V has given one back. Of Q also the rope columns, and in TMA form
+//            all of a part's first Q, which so does not stand before the first KV.
 //
 // TMA form: boxes of 64 columns x min(page_size, 64) tokens. When two M tiles share a
 // request their CTAs form a cluster; each loads one side of the stages for both (multicast), so that the
@@ -89,6 +90,11 @@ PM_DEV void prefetch_table(const DecodeParams& p, const PartMeta& part) {
         asm volatile("prefetch.global.L1 [%0];" ::"l"(p.block_table + i64(req) * p.block_table_stride_b + at));
 }
 
+// Bytes of the boxes of `groups` times 64 columns of this CTA's M tile.
+PM_DEV u32 q_bytes(const DecodeParams& p, u32 groups) {
+    return u32(q_boxes(p, int(opaque(blockIdx.x))) * p.q_box_rows) * (groups * 128);
+}
+
 PM_DEV void announce(u32 bar, u32 bytes) {
     if (elect_one()) mbar_expect_tx(bar, bytes);
     __syncwarp();
@@ -131,7 +137,7 @@ struct SideLoader {
         const u32 full = smem + Smem::full + SIDE * STAGES * 8;
         const u32 free = mine ? smem + Smem::empty + SIDE * STAGES * 8 : full;
         Ring kv;
-        int until_q = 1;
+        bool first = true;
 #pragma unroll 1
         for (u32 seg = 0; wait_segment(smem, seg); ++seg) {
             const u32 rec = segment_record(smem, seg);
@@ -139,20 +145,23 @@ struct SideLoader {
                 leave_segment(rec);
                 continue;
             }
+            // Of a part's first segment the late loader brings Q, so that its KV is asked for at once.
+            if (!first) {
+                mbar_wait(free + kv.stage() * 8, kv.parity() ^ 1);
+                announce(full + kv.stage() * 8, q_bytes(p, GROUPS));
 #pragma unroll 1
-            for (int blk = ld_shared(rec + SEG_BEGIN); until_q >= 0 || blk < ld_shared(rec + SEG_END); kv.advance()) {
+                for (u32 cta = 0; mine && cta <= u32(PAIRED); ++cta)
+                    load_q(p, map_q, smem + Smem::kv + kv.stage() * STAGE_BYTES + SIDE * RIGHT, full + kv.stage() * 8,
+                           ld_shared(rec + SEG_REQ), blockIdx.x ^ cta, cluster_rank() ^ cta);
+            }
+            first = false;
+            kv.advance();
+#pragma unroll 1
+            for (int blk = ld_shared(rec + SEG_BEGIN); blk < ld_shared(rec + SEG_END); ++blk) {
+                const BoxAt at = locate(p, rec, blk, mine);
+                mbar_wait(free + kv.stage() * 8, kv.parity() ^ 1);
                 const u32 bar = full + kv.stage() * 8;
                 u32 dst = smem + Smem::kv + kv.stage() * STAGE_BYTES + SIDE * RIGHT;
-                if (until_q-- == 0) {
-                    mbar_wait(free + kv.stage() * 8, kv.parity() ^ 1);
-                    announce(bar, u32(q_boxes(p, int(opaque(blockIdx.x))) * p.q_box_rows) * (GROUPS * 128));
-#pragma unroll 1
-                    for (u32 cta = 0; mine && cta <= u32(PAIRED); ++cta)
-                        load_q(p, map_q, dst, bar, ld_shared(rec + SEG_REQ), blockIdx.x ^ cta, cluster_rank() ^ cta);
-                    continue;
-                }
-                const BoxAt at = locate(p, rec, blk++, mine);
-                mbar_wait(free + kv.stage() * 8, kv.parity() ^ 1);
                 const int rows = min(p.page_size, BLOCK);
                 announce(bar, u32(at.count * rows) * (TILES * 128));
 #pragma unroll 1
@@ -171,8 +180,8 @@ struct SideLoader {
                     __syncwarp();
                     dst += u32(rows) * 128;
                 }
+                kv.advance();
             }
-            until_q = 0;
             leave_segment(rec);
         }
     }
@@ -183,26 +192,37 @@ struct LateLoader {
     static PM_DEV void run(const DecodeParams& p, const TensorMap* map, const TensorMap* map_q, const TensorMap* map_q_pe,
                            u32 smem) {
         u32 item = 0;
+        bool first = true;
         const u32 full = smem + Smem::full_q;
 #pragma unroll 1
         for (u32 seg = 0; wait_segment(smem, seg); ++seg) {
             const u32 rec = segment_record(smem, seg);
             mbar_wait(smem + Smem::done_q, (seg & 1) ^ 1);
-            const int boxes = has_blocks(rec) ? q_boxes(p, blockIdx.x) : 0;
-            announce(full, u32(boxes * p.q_box_rows) * (ROPE ? 256 : 128));
+            const bool none = !has_blocks(rec);
+            const u32 stage = smem + Smem::kv, stage_full = smem + Smem::full;      // where a part's first Q goes
+            const bool whole = first && !none;
+            if (whole) {
+                first = false;
+                announce(stage_full, q_bytes(p, 4));
+                announce(stage_full + STAGES * 8, q_bytes(p, 3));
+            }
+            announce(full, none ? 0 : q_bytes(p, ROPE ? 2 : 1));
             int row = blockIdx.x * TILE_M;
-            u32 dst = smem + Smem::q_rope;
+            u32 at_row = 0;
 #pragma unroll 1
-            for (int n = boxes; n > 0; --n) {
+            for (int n = none ? 0 : q_boxes(p, blockIdx.x); n > 0; --n) {
                 const RowIndex r(p, row);
                 const int req = ld_shared(rec + SEG_REQ);
                 if (elect_one()) {
-                    if (ROPE) tma_load_4d(dst, map_q_pe, full, r.h, r.s, req);
-                    tma_load_5d(dst + (Smem::q_tail - Smem::q_rope), map_q, full, r.h, 7, r.s, req);
+#pragma unroll 1
+                    for (u32 g = whole ? 0 : 7; g < 8; ++g)
+                        tma_load_5d((g < 7 ? stage + g * SUB : smem + Smem::q_tail) + at_row, map_q,
+                                    g < 4 ? stage_full : g < 7 ? stage_full + STAGES * 8 : full, r.h, g, r.s, req);
+                    if (ROPE) tma_load_4d(smem + Smem::q_rope + at_row, map_q_pe, full, r.h, r.s, req);
                 }
                 __syncwarp();
                 row += p.q_box_rows;
-                dst += u32(p.q_box_rows) * 128;
+                at_row += u32(p.q_box_rows) * 128;
             }
 #pragma unroll 1
             for (int blk = ld_shared(rec + SEG_BEGIN); blk < ld_shared(rec + SEG_END); ++blk) {
@@ -284,24 +304,23 @@ struct GatherLoader {
 
     static PM_DEV void run_side(const DecodeParams& p, u32 smem, u32 side) {
         Ring kv;
-        int until_q = 1;
 #pragma unroll 1
         for (u32 seg = 0; wait_segment(smem, seg); ++seg) {
             const u32 rec = segment_record(smem, seg);
+            const int begin = ld_shared(rec + SEG_BEGIN);
             if (!has_blocks(rec)) {
                 leave_segment(rec);
                 continue;
             }
 #pragma unroll 1
-            for (int next = ld_shared(rec + SEG_BEGIN); until_q >= 0 || next < ld_shared(rec + SEG_END); kv.advance()) {
+            for (int blk = begin - 1; blk < ld_shared(rec + SEG_END); ++blk) {     // Q is block begin - 1
                 const u32 at = (side * STAGES + kv.stage()) * 8, stage = smem + Smem::kv + kv.stage() * STAGE_BYTES;
-                const int blk = until_q-- == 0 ? -1 : next++;
                 mbar_wait(smem + Smem::empty + at, kv.parity() ^ 1);
-                copy_tile(p, stage + side * RIGHT, rec, blk, int(side) * 256, 4 - side);
-                if (ROPE && side && blk >= 0) copy_tile(p, stage + ROPE_TILE, rec, blk, DV, 1);
+                copy_tile(p, stage + side * RIGHT, rec, blk < begin ? -1 : blk, int(side) * 256, 4 - side);
+                if (ROPE && side && blk >= begin) copy_tile(p, stage + ROPE_TILE, rec, blk, DV, 1);
                 cp_async_arrive(smem + Smem::full + at);
+                kv.advance();
             }
-            until_q = 0;
             leave_segment(rec);
         }
     }

@@ -178,13 +178,12 @@ struct PvWarpgroup {
                 take_factors(inv, smem, seg);
 #pragma unroll
                 for (int i = 0; i < 64; ++i) o[0][i] = o[1][i] = 0.0f;
-            } else if (item > 0) {
+            } else {
                 stage = stage == STAGES - 1 ? 0 : stage + 1;    // Q had this one
             }
 #pragma unroll 1
             while (left > 0) {
                 const u32 buf = item & 1, use = (item >> 1) & 1;
-                if (item == 1) stage = stage == STAGES - 1 ? 0 : stage + 1;       // the part's first Q had this one
                 PM_MARK(1 + half, item, 0);
                 mbar_wait(smem + Smem::p_full + buf * 8, use);
                 PM_MARK(1 + half, item, 1);

@@ -105,6 +105,12 @@ struct QkWarpgroup {
         }
     }
 
+    // Whether both sides of a stage are there; the whole warp agrees.
+    static PM_DEV bool has_landed(u32 smem, const Ring& kv) {
+        const u32 full = smem + Smem::full + kv.stage() * 8;
+        return __all_sync(0xffffffffu, mbar_test(full, kv.parity()) && mbar_test(full + STAGES * 8, kv.parity()));
+    }
+
     static PM_DEV void run(const DecodeParams& p, u32 smem) {
         u32 q[27][4];
         Ring kv;
@@ -120,15 +126,11 @@ struct QkWarpgroup {
             PM_MARK(0, 0, 13);
             float m[2] = {M_INIT, M_INIT}, l[2] = {0.0f, 0.0f};
             if (has_blocks(rec)) {
-                Ring q_at = kv;
-                if (item == 0)
-                    q_at.advance();
-                else
-                    kv.advance();
-                take_q(q, smem, q_at, p.s_q * p.heads_per_kv - int(opaque(blockIdx.x)) * TILE_M);
+                take_q(q, smem, kv, p.s_q * p.heads_per_kv - int(opaque(blockIdx.x)) * TILE_M);
                 mbar_wait(smem + Smem::full_q, seg & 1);
                 if (GATHER) fence_async_shared();
                 named_barrier(BAR_QK, 128);
+                kv.advance();
                 PM_MARK(0, 0, 14);
                 int left = ld_shared(rec + SEG_END) - ld_shared(rec + SEG_BEGIN);     // blocks to do
                 int masked;     // with so many or fewer left, some row of this warp is masked
@@ -185,6 +187,8 @@ struct QkWarpgroup {
                     }
                     wgmma_commit();
                     PM_MARK(0, item, 3);
+                    kv.advance();
+                    bool landed = !GATHER && has_landed(smem, kv);
                     mbar_wait(smem + Smem::full_tail + buf * 8, (item >> 1) & 1);
                     if (GATHER) fence_async_shared();
                     wgmma_fence();
@@ -244,27 +248,25 @@ struct QkWarpgroup {
                     // done again, after a look at its maximum.
                     if (barrier_or(BAR_QK, 128, trusted && fmaxf(sum[0], sum[1]) > SUM_LIMIT)) {
                         trusted = false;
+                        kv.retreat();
                         continue;
                     }
                     trusted = true;
                     l[0] += sum[0];
                     l[1] += sum[1];
-                    const u32 tile = stage + ROPE_TILE + warp * 2048;
+                    const u32 tile = stage + ROPE_TILE + warp * 2048 + swizzle(lane % 16, lane / 16);
 #pragma unroll
                     for (int i = 0; i < 8; i += 2)
-                        stmatrix_x4(tile + swizzle(lane % 16, i + lane / 16), pack2<Elem>(s[4 * i], s[4 * i + 1]),
+                        stmatrix_x4(tile ^ i << 4, pack2<Elem>(s[4 * i], s[4 * i + 1]),
                                     pack2<Elem>(s[4 * i + 2], s[4 * i + 3]), pack2<Elem>(s[4 * i + 4], s[4 * i + 5]),
                                     pack2<Elem>(s[4 * i + 6], s[4 * i + 7]));
                     PM_MARK(0, item, 7);
-                    kv.advance();
-                    if (item++ == 0) kv.advance();      // Q had that turn
+                    ++item;
                     if (--left == 0) {
                         hand_over(smem, buf, true);
                         break;
                     }
-                    const u32 next = smem + Smem::full + kv.stage() * 8;
-                    gated = !GATHER && __all_sync(0xffffffffu, mbar_test(next, kv.parity()) &&
-                                                                   mbar_test(next + STAGES * 8, kv.parity()));
+                    gated = landed || (!GATHER && has_landed(smem, kv));
                     if (!gated) hand_over(smem, buf, true);
                 }
             } else {

@@ -62,6 +62,7 @@ struct Ring {
     PM_DEV u32 stage() const { return turn < STAGES ? turn : turn - STAGES; }
     PM_DEV u32 parity() const { return turn >= STAGES; }
     PM_DEV void advance() { turn = turn == 2 * STAGES - 1 ? 0 : turn + 1; }
+    PM_DEV void retreat() { turn = turn == 0 ? 2 * STAGES - 1 : turn - 1; }
 };
 
 // ---- wgmma descriptors, 128-byte swizzle -----------------------------------------

@@ -99,8 +99,11 @@ class Cta:
     def side_loader(self, side):
         ring, segment = Ring(), 0
         while (blocks := (yield from self.wait_segment(segment))) is not None:
-            for _ in range(blocks + 1 if blocks else 0):       # Q first, as if it were a block; once after one block
+            for _ in range(blocks + 1 if blocks else 0):       # Q first, as if it were a block
                 self.record(segment)
+                if ring.turn == 0:      # the late loader brings a part's first
+                    ring.advance()
+                    continue
                 stage, parity = ring.at()
                 while not self.empty[side][stage].done(parity ^ 1):
                     yield
@@ -114,10 +117,16 @@ class Cta:
 
     def late_loader(self):
         item = segment = 0
+        first = True
         while (blocks := (yield from self.wait_segment(segment))) is not None:
             while not self.done_q.done(segment & 1 ^ 1):
                 yield
             self.record(segment)
+            for side in range(2 if blocks and first else 0):
+                self.content[side][0] = 0
+                self.full[side][0].arrive()
+                yield
+            first = first and not blocks
             self.full_q.arrive()
             yield
             for _ in range(blocks):
@@ -148,19 +157,17 @@ class Cta:
                     yield
                 yield from self.end(warp, segment)
                 continue
-            q_at = Ring()
-            q_at.turn = ring.turn + (item == 0)
-            ring.turn += item > 0
-            while not self.landed(q_at):
+            while not self.landed(ring):
                 yield
             yield
-            stage, _ = q_at.at()
+            stage, _ = ring.at()
             self.empty[0][stage].arrive()
             self.empty[1][stage].arrive()
             self.empty[1][stage].arrive()
             while not self.full_q.done(segment & 1):
                 yield
             yield from self.named_barrier()
+            ring.advance()
             gated = False
             for left in range(blocks, 0, -1):
                 while not gated and not self.landed(ring):
@@ -169,6 +176,8 @@ class Cta:
                 if gated:
                     self.hand_over(warp, item - 1, False)
                     yield
+                ring.advance()
+                landed = self.landed(ring)      # a first look; each warp for itself
                 while not self.full_tail[item & 1].done(item >> 1 & 1):
                     yield
                 yield
@@ -177,9 +186,8 @@ class Cta:
                 yield
                 self.record(segment)
                 yield from self.named_barrier()
-                ring.turn += 1 + (item == 0)
                 item += 1
-                gated = left > 1 and self.landed(ring)      # each warp for itself
+                gated = left > 1 and (landed or self.landed(ring))
                 if not gated:
                     self.hand_over(warp, item - 1, True)
                 yield
@@ -201,11 +209,10 @@ class Cta:
     def pv(self, warp):
         ring, item, segment = Ring(), 0, 0
         while (blocks := (yield from self.wait_segment(segment))) is not None:
-            if blocks and item:
+            if blocks:
                 ring.advance()      # Q had that turn
             held = bool(blocks) and self.whole[segment]
             for left in range(blocks, 0, -1):
-                ring.turn += item == 1      # the first Q had that one
                 while not self.p_full[item & 1].done(item >> 1 & 1):
                     yield
                 yield
