@@ -36,6 +36,30 @@ PM_DEV void touch(const DecodeParams& p, u32 warp) {
     }
 }
 
+// Arrivals of the barriers from Smem::full on, a byte each, eight in a word.
+PM_DEV constexpr u64 in_bytes(u64 a, u64 b, u64 c, u64 d, u64 e, u64 f, u64 g, u64 h) {
+    return a | b << 8 | c << 16 | d << 24 | e << 32 | f << 40 | g << 48 | h << 56;
+}
+
+// Two barriers a warp: one thread for all of them would take four hundred cycles.
+template <bool GATHER>
+PM_DEV void init_barriers(u32 smem, u32 warp, bool paired) {
+    constexpr u64 LOAD = GATHER ? 32 : 1;
+    static_assert(Smem::inv_empty == Smem::full + 23 * 8 && STAGES == 3 && SEGMENTS == 4, "24 barriers, and 8 in records");
+    const u64 words[3] = {paired ? in_bytes(LOAD, LOAD, LOAD, LOAD, LOAD, LOAD, 8, 8) : in_bytes(LOAD, LOAD, LOAD, LOAD, LOAD, LOAD, 4, 4),
+                          paired ? in_bytes(8, 16, 16, 16, LOAD, LOAD, 8, 8) : in_bytes(4, 8, 8, 8, LOAD, LOAD, 8, 8),
+                          in_bytes(LOAD, 4, 4, 4, 1, 1, 4, 8)};
+    const u32 i = warp % 8;
+    if (threadIdx.x % 32 == 0) {
+        mbar_init(smem + Smem::full + warp * 8, u32((warp < 8 ? words[0] : words[1]) >> 8 * i) & 255);
+        if (warp < 8)
+            mbar_init(smem + Smem::full + (16 + i) * 8, u32(words[2] >> 8 * i) & 255);
+        else
+            mbar_init(segment_record(smem, i / 2) + (i % 2 ? SEG_EMPTY : SEG_FULL), i % 2 ? SEG_READERS : 1);
+        mbar_init_fence();
+    }
+}
+
 template <class Elem, bool ROPE, bool GATHER>
 PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const TensorMap* map_kpe, const TensorMap* map_q,
                    const TensorMap* map_q_pe) {
@@ -55,29 +79,7 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
         meta = p.parts[blockIdx.z];
         if (warp == 15 && lane < u32(p.b)) ahead = p.cache_seqlens[lane];
     }
-    if (threadIdx.x == 0) {
-        for (u32 i = 0; i < STAGES; ++i) {
-            mbar_init(smem + Smem::full + i * 8, GATHER ? 32 : 1);
-            mbar_init(smem + Smem::full + (STAGES + i) * 8, GATHER ? 32 : 1);
-            mbar_init(smem + Smem::empty + i * 8, paired ? 8 : 4);
-            mbar_init(smem + Smem::empty + (STAGES + i) * 8, paired ? 16 : 8);
-        }
-        mbar_init(smem + Smem::full_q, GATHER ? 32 : 1);
-        mbar_init(smem + Smem::done_q, 4);
-        for (u32 i = 0; i < 2; ++i) {
-            mbar_init(smem + Smem::full_tail + i * 8, GATHER ? 32 : 1);
-            mbar_init(smem + Smem::empty_tail + i * 8, 8);
-            mbar_init(smem + Smem::p_full + i * 8, 4);
-            mbar_init(smem + Smem::gate + i * 8, 1);
-        }
-        mbar_init(smem + Smem::inv_full, 4);
-        mbar_init(smem + Smem::inv_empty, 8);
-        for (u32 i = 0; i < SEGMENTS; ++i) {
-            mbar_init(segment_record(smem, i) + SEG_FULL, 1);
-            mbar_init(segment_record(smem, i) + SEG_EMPTY, SEG_READERS);
-        }
-        mbar_init_fence();
-    }
+    init_barriers<GATHER>(smem, warp, paired);
     if (!GATHER && threadIdx.x == 32) {
         tma_prefetch_map(map_ckv);
         tma_prefetch_map(map_q);
