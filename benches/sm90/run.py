@@ -53,7 +53,7 @@ class Call:
     """One problem, its schedule and workspace. kv: [pages, page, h_kv, d]; q: [b, s_q, h_q, d]."""
 
     def __init__(self, lib, q, kv, table, lens, dv=512, causal=False, scale=None, visible=None, split_layout=False,
-                 fixed=0, form=None, parts=None, cost=None, combine_ctas=SMS, out=None):
+                 fixed=0, form=None, parts=None, cost=None, combine_ctas=2 * SMS, out=None):
         self.lib = lib
         b, s_q, h_q, d = q.shape
         pages, page, h_kv, _ = kv.shape

@@ -203,7 +203,7 @@ impl Sm90Backend {
 const COMBINE_THREADS: u32 = 512;
 
 /// Blocks of the combine kernel for each multiprocessor: they share whatever there is to merge.
-const COMBINE_BLOCKS_PER_SM: u32 = 1;
+const COMBINE_BLOCKS_PER_SM: u32 = 2;
 
 /// What divides a packed row by the heads of a KV head with one multiplication, `row * magic >> 32`; 0 stands for one head.
 /// Right while rows x heads stays below 2^32, see [`check_sizes`].

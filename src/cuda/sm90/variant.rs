@@ -84,7 +84,7 @@ impl Variant {
 pub(super) const DECODE_SHARED_BYTES: u32 = 232_448;
 
 /// `sizeof(CombineSmem)`, combine.cu.
-pub(super) const COMBINE_SHARED_BYTES: u32 = 143_360;
+pub(super) const COMBINE_SHARED_BYTES: u32 = 86_016;
 
 impl Sm90Backend {
     /// Loads what a problem needs, compiling in parallel where it has to be compiled.
