@@ -54,11 +54,11 @@ step_tests() {
             { echo "FAILED ($?): $name" && failures=$((failures + 1)); }
     done <<'END'
 90 sm90::random_problems
-20 sm90::repeated_runs_give_the_same_bits
-20 sm90::batch_invariant_rows_have_the_same_bits_alone
+40 sm90::repeated_runs_give_the_same_bits
+40 sm90::batch_invariant_rows_have_the_same_bits_alone
 20 sm90::a_captured_step_follows_new_lengths_and_smaller_batches
 20 sm90::a_schedule_is_reused_for_a_smaller_batch
-20 sm90::bad_tables_and_lengths_mark_their_request_only
+60 sm90::bad_tables_and_lengths_mark_their_request_only
 25 large::caches_beyond_four_gibibytes
 20 large::more_than_four_million_accumulator_rows
 60 sm90::schedules_cover_every_block_once

@@ -69,8 +69,23 @@ pub fn random_problems<B: Tested>() {
 fn batches(count: usize) -> Vec<Call> {
     // Small, because the reference's values come with every call.
     let limits = Limits { max_b: 12, max_work: 20_000_000, ..Limits::deepseek() };
-    let calls = (1000..).map(|seed| random_call(seed, &limits).expect("a valid problem"));
-    calls.filter(|call| call.problem.b() > 2 && call.cache_seqlens().iter().any(|n| *n > 100)).take(count).collect()
+    let wanted = |call: &Call| call.problem.b() > 2 && call.cache_seqlens().iter().any(|n| *n > 100);
+    // The reference takes the time: one seed a thread at once.
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    let (limits, mut calls) = (&limits, Vec::new());
+    for first in (1000..).step_by(threads as usize) {
+        std::thread::scope(|scope| {
+            let seeds = first..first + threads;
+            let made: Vec<_> =
+                seeds.map(|seed| scope.spawn(move || random_call(seed, limits).expect("a valid problem"))).collect();
+            calls.extend(made.into_iter().map(|call| call.join().expect("a call")).filter(wanted));
+        });
+        if calls.len() >= count {
+            break;
+        }
+    }
+    calls.truncate(count);
+    calls
 }
 
 pub fn repeated_runs_give_the_same_bits<B: Tested>() {
