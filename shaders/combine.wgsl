@@ -1,18 +1,24 @@
 // Merges the partial results of every row and writes out and lse.
 //
-// One workgroup a row, or several, each with some blocks of 256 columns: invocation t has columns 2t and 2t + 1 of a block.
-// 128 splits at a time: an invocation works out the weight of one, then all add, in the order of the splits, so that the
-// bits never depend on timing.
+// Grid      (rows, requests, 1 or 4): where there are few rows, 4 workgroups share one.
+// Tile      512 columns of a row (128 of 4 workgroups): an invocation adds 4 columns, of all splits; of 4 workgroups, of
+//           every fourth split, and then the four sums are added.
+// Order     first the weights of 128 splits, one an invocation; then sums. There are four, of splits 0, 4, 8, .., of 1, 5, 9,
+//           and so on, whoever adds them: the bits depend neither on timing nor on how many rows there are.
 
 //#include "params.wgsl"
 //#include "store.wgsl"
 
 @group(0) @binding(1) var<storage, read> plan: array<u32>;
+//#if QUADS
+@group(0) @binding(2) var<storage, read> workspace: array<vec4<f32>>;
+//#else
 @group(0) @binding(2) var<storage, read> workspace: array<f32>;
+//#endif
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;
 
 const THREADS: u32 = 128;
-const BLOCK: u32 = THREADS * 2u;
+const SUMS_APART: u32 = 4;              // sums of a column, which are added last
 const LN_2: f32 = 0.6931471805599453;
 // The maximum of no scores. Finite, so that differences of two are defined.
 const LOWEST: f32 = -3.0e38;
@@ -33,10 +39,32 @@ fn precise_log2(x: f32) -> f32 {
 var<workgroup> weights: array<f32, 128>;
 var<workgroup> terms: array<vec2<f32>, 128>;
 
-// Two columns of a split's accumulators, or of what a row begins with.
-fn partial(row: u32, column: u32, second: u32) -> vec2<f32> {
+var<workgroup> group_sums: array<vec4<f32>, THREADS>;
+
+fn word(i: u32) -> f32 {
+//#if QUADS
+    return workspace[i / 4u][i % 4u];
+//#else
+    return workspace[i];
+//#endif
+}
+
+// Four columns of a row's accumulators, 0 where there are none.
+fn partial(row: u32, column: u32) -> vec4<f32> {
     let at = params.accumulators_at + row * params.head_dim_v + column;
-    return vec2<f32>(workspace[at], workspace[at + second]);
+//#if QUADS
+    // head_dim_v and the place of the accumulators are multiples of 4.
+    if column < params.head_dim_v {
+        return workspace[at / 4u];
+    }
+    return vec4<f32>(0.0);
+//#else
+    var v = vec4<f32>(0.0);
+    for (var i = 0u; i < min(4u, max(column, params.head_dim_v) - column); i += 1u) {
+        v[i] = workspace[at + i];
+    }
+    return v;
+//#endif
 }
 
 @compute @workgroup_size(THREADS)
@@ -56,7 +84,7 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
     // The largest maximum: of an invocation's splits, then of all.
     var top = LOWEST;
     for (var i = begin + thread; i < end; i += THREADS) {
-        top = max(top, workspace[params.sums_at + (i * rows + local_row) * SUMS]);
+        top = max(top, word(params.sums_at + (i * rows + local_row) * SUMS));
     }
     weights[thread] = top;
     workgroupBarrier();
@@ -64,45 +92,76 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
         top = max(top, weights[i]);
     }
 
-    let bad = bitcast<u32>(workspace[request]) == BAD_LENGTH;
+    let bad = bitcast<u32>(word(request)) == BAD_LENGTH;
     let out_row = params.out.x + request * params.out.y + row.s * params.out.z + row.head * params.out.w;
-    for (var block = group.z * BLOCK; block < params.head_dim_v; block += groups.z * BLOCK) {
-        let column = block + thread * 2u;
-        let exists = column < params.head_dim_v;
-        let second = u32(column + 1u < params.head_dim_v);
-        let source = select(0u, column, exists);
+    let shared_row = groups.z > 1u;
+    let lanes = select(THREADS, THREADS / SUMS_APART, shared_row);
+    let part = thread / lanes;          // which of the four sums is this invocation's, where it has one
+    for (var block = group.z * lanes * 4u; block < params.head_dim_v; block += groups.z * lanes * 4u) {
+        let column = block + thread % lanes * 4u;
         var sum = 0.0;
         var lse_sum = 0.0;
-        var pair = vec2<f32>(0.0);
+        var a = vec4<f32>(0.0);
+        var b = vec4<f32>(0.0);
+        var c = vec4<f32>(0.0);
+        var d = vec4<f32>(0.0);
         for (var chunk = begin; chunk < end; chunk += THREADS) {
             workgroupBarrier();         // the weights before have been read
             let split = chunk + thread;
             var weight = 0.0;
+            var term = vec2<f32>(0.0);
             if split < end {
                 let at = params.sums_at + (split * rows + local_row) * SUMS;
-                weight = exp2(workspace[at] - top);
-                terms[thread] = weight * vec2<f32>(workspace[at + 1u], workspace[at + 2u]);
+                weight = exp2(word(at) - top);
+                term = weight * vec2<f32>(word(at + 1u), word(at + 2u));
             }
             weights[thread] = weight;
+            terms[thread] = term;
             workgroupBarrier();
-            let chunk_end = min(end, chunk + THREADS);
-            for (var i = chunk; i < chunk_end; i += 1u) {
-                sum += terms[i - chunk].x;
-                lse_sum += terms[i - chunk].y;
+            let n = min(end - chunk, THREADS);
+            for (var i = 0u; i < n; i += 1u) {
+                sum += terms[i].x;
+                lse_sum += terms[i].y;
             }
-            var i = chunk;
-            for (; i + 4u <= chunk_end; i += 4u) {      // four loads under way
-                let a = partial(i * rows + local_row, source, second);
-                let b = partial((i + 1u) * rows + local_row, source, second);
-                let c = partial((i + 2u) * rows + local_row, source, second);
-                let d = partial((i + 3u) * rows + local_row, source, second);
-                let w = i - chunk;
-                pair = pair + weights[w] * a + weights[w + 1u] * b + weights[w + 2u] * c + weights[w + 3u] * d;
-            }
-            for (; i < chunk_end; i += 1u) {
-                pair += weights[i - chunk] * partial(i * rows + local_row, source, second);
+            if shared_row {
+                for (var i = part; i < n; i += SUMS_APART) {
+                    a += weights[i] * partial((chunk + i) * rows + local_row, column);
+                }
+            } else {
+                var i = 0u;
+                for (; i + 4u <= n; i += 4u) {      // four loads under way
+                    let at = (chunk + i) * rows + local_row;
+                    let x = partial(at, column);
+                    let y = partial(at + rows, column);
+                    let z = partial(at + 2u * rows, column);
+                    let w = partial(at + 3u * rows, column);
+                    a += weights[i] * x;
+                    b += weights[i + 1u] * y;
+                    c += weights[i + 2u] * z;
+                    d += weights[i + 3u] * w;
+                }
+                let at = (chunk + i) * rows + local_row;
+                if i < n {
+                    a += weights[i] * partial(at, column);
+                }
+                if i + 1u < n {
+                    b += weights[i + 1u] * partial(at + rows, column);
+                }
+                if i + 2u < n {
+                    c += weights[i + 2u] * partial(at + 2u * rows, column);
+                }
             }
         }
+        if shared_row {
+            workgroupBarrier();
+            group_sums[thread] = a;
+            workgroupBarrier();
+            a = group_sums[thread % lanes];
+            b = group_sums[thread % lanes + lanes];
+            c = group_sums[thread % lanes + 2u * lanes];
+            d = group_sums[thread % lanes + 3u * lanes];
+        }
+        var quad = (a + b) + (c + d);
         let blind = sum == 0.0;         // the row sees no key
         if block == 0u && thread == 0u {
             let at = params.lse.x + request * params.lse.y + row.head * params.lse.z + row.s * params.lse.w;
@@ -116,10 +175,14 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
         }
         if !blind {
             // Still shifted, as the weights were: store_pair undoes it.
-            pair /= sum * exp2(-WEIGHT_SHIFT);
+            quad /= sum * exp2(-WEIGHT_SHIFT);
         }
-        if exists {
-            store_pair(out_row + column * params.out_column, bad, pair, second == 1u);
+        if part == 0u && column < params.head_dim_v {
+            let at = out_row + column * params.out_column;
+            store_pair(at, bad, quad.xy, column + 1u < params.head_dim_v);
+            if column + 2u < params.head_dim_v {
+                store_pair(at + 2u * params.out_column, bad, quad.zw, column + 3u < params.head_dim_v);
+            }
         }
     }
 }

@@ -1,80 +1,158 @@
 // Keys and queries on their way to the shared memory of matrix.wgsl, which declares it, 16 bytes at a time.
+//
+// Nothing here is in a branch where a kernel is built FULL: a compiler moves a load down into the branch where it is used,
+// and so would not ask for a key before it needs it.
 
-// The page of a token, in this window or beyond.
-fn page_of(table_row: u32, token: u32) -> u32 {
-    return u32(block_table[table_row + token / params.page_size]) - params.first_page;
+// Where the tokens of a step are.
+struct Place {
+    step: u32,                  // the first; `end` or more where there is none
+//#if FULL
+    // All of them in one page: of this column of the block table, from this token of it on.
+    column: u32,
+    in_page: u32,
+    // Token 0, in units of 16 bytes.
+    ckv: u32,
+    kpe: u32,
+//#else
+    slot: u32,                  // in the tables in shared memory
+//#endif
 }
 
+//#if FULL
+fn place_of(begin: u32, table_row: u32, end: u32, kv_head: u32, thread: u32) -> Place {
+    let place = Place(begin, begin / params.page_size, begin % params.page_size, 0u, 0u);
+    return located(place, page_of(place, table_row, end, thread), end, kv_head, thread);
+}
+fn step_after(place: Place, table_row: u32, end: u32) -> Place {
+    let in_page = place.in_page + TOKENS;
+    let over = in_page >= params.page_size;
+    return Place(place.step + TOKENS, place.column + u32(over), select(in_page, 0u, over), 0u, 0u);
+}
+// The page of a step. Of one past the end that of the last.
+fn page_of(place: Place, table_row: u32, end: u32, thread: u32) -> u32 {
+    let last = (max(end, 1u) - 1u) / params.page_size;
+    // For all a compiler knows a different word for each invocation: for one it would wait here, to make it uniform.
+    return u32(block_table[table_row + min(place.column, last) + (thread & params.zero)]);
+}
+// A step with the page that it is in. The block table has been checked, but where a request has no keys, what was looked
+// up may be anything; some page is read then, too, to no end.
+fn located(place: Place, page: u32, end: u32, kv_head: u32, thread: u32) -> Place {
+    let p = min(page - params.first_page, params.window_pages - 1u);
+    // Strides and offsets are multiples of 8.
+    let ckv = params.ckv.x / 8u + p * (params.ckv.y / 8u) + place.in_page * (params.ckv.z / 8u) + kv_head * (params.ckv.w / 8u);
+    let kpe = params.kpe.x / 8u + p * (params.kpe.y / 8u) + place.in_page * (params.kpe.z / 8u) + kv_head * (params.kpe.w / 8u);
+    return Place(place.step, place.column, place.in_page, ckv, kpe);
+}
+//#else
+fn page_at(table_row: u32, token: u32) -> u32 {
+    return u32(block_table[table_row + token / params.page_size]);
+}
 // The first step from `first` on that has anything in this window of pages.
 fn seek(table_row: u32, first: u32, end: u32) -> u32 {
     var step = first;
     if params.windows > 1u && params.page_size % TOKENS == 0u {
-        while step < end && page_of(table_row, step) >= params.window_pages {
+        while step < end && page_at(table_row, step) - params.first_page >= params.window_pages {
             step += TOKENS;
         }
     }
     return step;
 }
-
-// Where a token is: to slot `slot` of the offsets. Of what is not to be read the first of all is, and discarded.
-fn locate(page: u32, token: u32, end: u32, kv_head: u32, slot: u32) {
-    let in_page = token % params.page_size;
-    let exists = token < end && page < params.window_pages;
-    let ckv_at = params.ckv.x + page * params.ckv.y + in_page * params.ckv.z + kv_head * params.ckv.w;
-    let kpe_at = params.kpe.x + page * params.kpe.y + in_page * params.kpe.z + kv_head * params.kpe.w;
-    ckv_tokens[slot] = select(0u, ckv_at / 8u, exists);
-    kpe_tokens[slot] = select(0u, kpe_at / 8u, exists);
-    present[slot] = select(0u, 0xffffffffu, exists);
+fn place_of(begin: u32, table_row: u32, end: u32, kv_head: u32, thread: u32) -> Place {
+    let place = Place(seek(table_row, begin, end), 0u);
+    return located(place, page_of(place, table_row, end, thread), end, kv_head, thread);
 }
-
-// A subgroup copies some tokens, an invocation LOADS vectors of 16 bytes: load `n` is of this token and this vector of it.
-struct Vector {
-    token: u32,
-    vector: u32,
+fn step_after(place: Place, table_row: u32, end: u32) -> Place {
+    return Place(seek(table_row, place.step + TOKENS, end), (place.slot + TOKENS) % SLOTS);
 }
-fn vector_of(n: u32, subgroup: u32, invocation: u32) -> Vector {
-//#if EMULATED
-    let i = n * 32u + invocation;
-    return Vector(subgroup * SUBGROUP_TOKENS + i / VECTORS, i % VECTORS);
-//#else
-    // Two loads for the first 512 columns of each token, and one for what is left of four.
-    if n < SUBGROUP_TOKENS * 2u {
-        return Vector(subgroup * SUBGROUP_TOKENS + n / 2u, n % 2u * 32u + invocation);
+// The page of token `thread` of a step.
+fn page_of(place: Place, table_row: u32, end: u32, thread: u32) -> u32 {
+    if thread < TOKENS && place.step + thread < end {
+        return page_at(table_row, place.step + thread);
     }
-    return Vector(subgroup * SUBGROUP_TOKENS + (n - SUBGROUP_TOKENS * 2u) * 4u + invocation / 8u, 64u + invocation % 8u);
+    return 0u;
+}
+// Tells all invocations where a step's tokens are: known behind the next barrier.
+fn located(place: Place, page: u32, end: u32, kv_head: u32, thread: u32) -> Place {
+    if thread < TOKENS {
+        let token = place.step + thread;
+        let in_page = token % params.page_size;
+        let p = page - params.first_page;
+        let exists = token < end && p < params.window_pages;
+        let ckv_at = params.ckv.x + p * params.ckv.y + in_page * params.ckv.z + kv_head * params.ckv.w;
+        let kpe_at = params.kpe.x + p * params.kpe.y + in_page * params.kpe.z + kv_head * params.kpe.w;
+        ckv_tokens[place.slot + thread] = select(NOWHERE, ckv_at / 8u, exists);
+        kpe_tokens[place.slot + thread] = kpe_at / 8u;
+    }
+    return place;
+}
 //#endif
+fn place_after(place: Place, table_row: u32, end: u32, kv_head: u32, thread: u32) -> Place {
+    let after = step_after(place, table_row, end);
+    return located(after, page_of(after, table_row, end, thread), end, kv_head, thread);
+}
+
+// Load `n` of an invocation: VALUE_LOADS for the first COLUMNS columns, then the others, which two invocations may load.
+fn token_of(n: u32, thread: u32) -> u32 {
+    if n < VALUE_LOADS {
+        return (n * THREADS + thread) / (COLUMNS / 8u);
+    }
+    return thread / 8u % TOKENS;
+}
+fn vector_of(n: u32, thread: u32) -> u32 {
+    if n < VALUE_LOADS {
+        return thread % (COLUMNS / 8u);
+    }
+    return COLUMNS / 8u + thread % 8u;
 }
 
 // Whether load `n` is of V.
-fn in_v(n: u32, place: Vector) -> bool {
-//#if !FULL
-    return place.vector * 8u < params.head_dim_v;
-//#elif EMULATED
-    return place.vector < COLUMNS / 8u;
+fn in_v(n: u32, thread: u32) -> bool {
+//#if FULL
+    return n < VALUE_LOADS;
 //#else
-    return n < SUBGROUP_TOKENS * 2u;
+    return vector_of(n, thread) * 8u < params.head_dim_v;
 //#endif
 }
 
-// 16 bytes of a key, or of a query row; beyond head_dim_k 0.
-fn key_vector(n: u32, half: u32, place: Vector) -> vec4<u32> {
-    let slot = half + place.token;
+// 16 bytes of a key. Past the end, where all weighs nothing: the last token's, or 0.
+fn key_vector(n: u32, place: Place, end: u32, thread: u32) -> vec4<u32> {
+    let token = token_of(n, thread);
 //#if FULL
-    if in_v(n, place) {
-        return ckv[ckv_tokens[slot] + place.vector];
+    let read = min(token, end - 1u - place.step);
+    if n < VALUE_LOADS {
+        return ckv[place.ckv + read * (params.ckv.z / 8u) + thread % (COLUMNS / 8u)];
     }
-    return kpe[kpe_tokens[slot] + place.vector - COLUMNS / 8u];
+    return kpe[place.kpe + read * (params.kpe.z / 8u) + thread % 8u];
 //#else
-    let column = place.vector * 8u;
-    if in_v(n, place) {
-        return ckv[ckv_tokens[slot] + place.vector];
+    let vector = vector_of(n, thread);
+    let slot = place.slot + token;
+    if ckv_tokens[slot] == NOWHERE {
+        return vec4<u32>(0u);
     }
-    if column < params.head_dim_k {
-        return kpe[kpe_tokens[slot] + (column - params.head_dim_v) / 8u];
+    if in_v(n, thread) {
+        return ckv[ckv_tokens[slot] + vector];
+    }
+    if vector * 8u < params.head_dim_k {
+        return kpe[kpe_tokens[slot] + vector - params.head_dim_v / 8u];
     }
     return vec4<u32>(0u);
 //#endif
 }
+fn store_vector(row: u32, vector: u32, v: array<vec4<f16>, 2>) {
+    let at = row * (PITCH / 4u) + vector * 2u;
+    keys[at] = v[0];
+    keys[at + 1u] = v[1];
+}
+fn store_key(n: u32, place: Place, end: u32, thread: u32, v: vec4<u32>) {
+    let converted = halves(v);
+//#if BF16
+    if place.step < end {
+        note_range(v, converted, in_v(n, thread));
+    }
+//#endif
+    store_vector(token_of(n, thread), vector_of(n, thread), converted);
+}
+
 fn query_vector(row: u32, vector: u32) -> vec4<u32> {
     let at = q_nope_rows[row];
     let column = vector * 8u;
@@ -86,34 +164,3 @@ fn query_vector(row: u32, vector: u32) -> vec4<u32> {
     }
     return q_pe[(q_pe_rows[row] + column - params.head_dim_v) / 8u];
 }
-fn store_vector(row: u32, vector: u32, v: array<vec4<f16>, 2>) {
-    let at = row * (PITCH / 4u) + vector * 2u;
-    keys[at] = v[0];
-    keys[at + 1u] = v[1];
-}
-fn store_key(half: u32, n: u32, place: Vector, v: vec4<u32>) {
-    let read = v & vec4<u32>(present[half + place.token]);
-    let converted = halves(read);
-//#if BF16
-    note_range(read, converted, in_v(n, place));
-//#endif
-    store_vector(place.token, place.vector, converted);
-}
-
-//#if TOUCH
-// A word of 32 bytes `i` of the keys: what a cache loads at once.
-fn touch(half: u32, i: u32) -> u32 {
-    let token = i / (VECTORS / 2u);
-    let vector = i % (VECTORS / 2u) * 2u;
-    if token >= TOKENS {
-        return 0u;
-    }
-    if vector * 8u < params.head_dim_v {
-        return ckv[ckv_tokens[half + token] + vector].x;
-    }
-    if vector * 8u < params.head_dim_k {
-        return kpe[kpe_tokens[half + token] + vector - params.head_dim_v / 8u].x;
-    }
-    return 0u;
-}
-//#endif

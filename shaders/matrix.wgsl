@@ -1,25 +1,28 @@
 // A split by cooperative matrices: 16 x 16, f16 x f16 -> f32, each held by the 32 invocations of a subgroup together.
 //
-// Tile      ROWS (16, 32 or 64) query rows of one KV head x 32 tokens x all columns: 256 invocations, 8 subgroups.
-// Memory    A step's 32 keys lie in shared memory, from where both products read them: global memory is read once, 16
-//           bytes an invocation. Queries stay in matrices for the whole split, sums too.
-// Step      for 32 tokens:
-//             1. keys -> shared memory; where the next step's keys are
-//             2. scores: a subgroup multiplies 16 rows with 16 tokens (32 tokens where ROWS is 64) over its share of
-//                head_dim_k's columns and leaves the sums in shared memory
-//             3. the next step's keys are asked for, where ROWS leaves registers for them (16, 32); with 64, one word
-//                of every 32 bytes is, after step 4, so that they are in the processor's cache when they are loaded
-//             4. softmax: the shares added up; weights, as f16, to shared memory, beside the keys
-//             5. out += weights x V: every subgroup has 64 columns of all rows in matrices
+// Tile      ROWS query rows of one KV head x TOKENS tokens x all columns:
+//             16 rows x 16 tokens, 4 subgroups; small enough for two workgroups to fill one processor in turn
+//             32 rows x 16 tokens, 8 subgroups
+//             64 rows x 32 tokens, 8 subgroups, which have all registers
+// Memory    A step's keys lie in shared memory, from where both products read them: global memory is read once, 16 bytes an
+//           invocation. Queries stay in matrices for the whole split, sums too.
+// Step      for TOKENS tokens, whose keys are in shared memory:
+//             1. the next keys are asked for; where registers do not suffice (64 rows), behind 4
+//             2. scores: a subgroup multiplies 16 rows with all tokens over its share of head_dim_k's columns and leaves the
+//                sums in shared memory
+//             3. softmax: the shares added up; weights, as f16, to shared memory, beside the keys
+//             4. out += weights x V: every subgroup has its columns of all rows in matrices
+//             5. the next keys -> shared memory
+//           A compiler waits at once for what one round of a loop hands to the next, and moves a load down into the branch
+//           where it is used: what is asked for is therefore used in the same round, and a round of a kernel that is built
+//           FULL has no branches.
 // Softmax   Matrices cannot be scaled row by row where they are. Weights are therefore relative to a reference that is
 //           2^6 below the maximum and follows only when that has risen by more than 2^8; then, rarely, matrices go
 //           through shared memory. Weights from 2^-14 to 2^14 have all bits in f16.
 // Needs     what the host checks: f16, or bf16 as range.wgsl has it; no more columns than below, in multiples of 8; rows
-//           of tensors that begin at multiples of 8 elements.
+//           of tensors that begin at multiples of 8 elements. Built FULL: exactly so many columns; pages of whole steps, at
+//           least one, all in one window.
 
-const SUBGROUP_COUNT: u32 = 8;
-const THREADS: u32 = SUBGROUP_COUNT * 32u;
-const TOKENS: u32 = 32;
 //#if EMULATED
 const K_COLUMNS: u32 = 192;                     // less of everything, to fit smaller memories
 const COLUMNS: u32 = 128;
@@ -27,30 +30,37 @@ const COLUMNS: u32 = 128;
 const K_COLUMNS: u32 = 576;                     // of head_dim_k, at most
 const COLUMNS: u32 = 512;                       // of head_dim_v, at most
 //#endif
+//#if ROWS_64
+const SUBGROUP_COUNT: u32 = 8;
+const TOKENS: u32 = 32;
+const SHARES: u32 = 2;                          // added up before they are stored: memory is for one
+const STORED_SHARES: u32 = 1;
+const CHAIN: u32 = K_COLUMNS / SHARES / 16u;    // products that wait for one another
+//#else
+//#if ROWS_32
+const SUBGROUP_COUNT: u32 = 8;
+//#else
+const SUBGROUP_COUNT: u32 = 4;
+//#endif
+const TOKENS: u32 = 16;
+const SHARES: u32 = 4;
+const STORED_SHARES: u32 = 4;
+const CHAIN: u32 = K_COLUMNS / SHARES / 48u;    // a third of what a subgroup multiplies
+//#endif
+const THREADS: u32 = SUBGROUP_COUNT * 32u;
 // Each token has a line in shared memory: 16 bytes more than a multiple of 128, so that a matrix's rows begin in different
-// banks. Once there are scores its rope columns are of no use: line t then has the weights of rows t and 32 + t.
+// banks. Once there are scores its rope columns are of no use: line t then has the weights of rows t, TOKENS + t, and so on.
 const WEIGHTS_AT: u32 = COLUMNS;
 const PITCH: u32 = COLUMNS + 72u;
-const SUBGROUP_TOKENS: u32 = TOKENS / SUBGROUP_COUNT;   // that a subgroup copies
 const VECTORS: u32 = K_COLUMNS / 8u;            // of 16 bytes, a token
-const LANES: u32 = min(THREADS / ROWS, 8u);     // invocations that share a row's scores, of one subgroup anywhere
+const VALUE_LOADS: u32 = TOKENS * COLUMNS / 8u / THREADS;   // of an invocation and a step: so many of V, one of the rest
+const LANES: u32 = 4;                           // invocations that share a row's scores, of one subgroup
 const TOKENS_PER_LANE: u32 = TOKENS / LANES;
 const HEADROOM: f32 = 6.0;
 const MOST: f32 = 14.0;
 
-// Which 16 rows, which 16 tokens and which share of the columns a subgroup multiplies for scores.
-//#if ROWS_64
-const SHARES: u32 = 2;                          // added up before they are stored: memory is for one
-const STORED_SHARES: u32 = 1;
-//#elif ROWS_32
-const SHARES: u32 = 2;
-const STORED_SHARES: u32 = 2;
-//#else
-const SHARES: u32 = 4;
-const STORED_SHARES: u32 = 4;
-//#endif
+// Which 16 rows and which share of the columns a subgroup multiplies for scores.
 const ROW_TILES: u32 = ROWS / 16u;
-const TOKENS_APART: u32 = SUBGROUP_COUNT / (ROW_TILES * SHARES);     // 1 where a subgroup has both groups of 16 tokens
 const SHARE_COLUMNS: u32 = K_COLUMNS / SHARES;
 const SHARE_PITCH: u32 = TOKENS + 4u;           // again so that rows begin in different banks
 
@@ -58,13 +68,15 @@ const SHARE_PITCH: u32 = TOKENS + 4u;           // again so that rows begin in d
 // is not one, so that the order in which a driver lays it out does not matter.
 var<workgroup> keys: array<vec4<f16>, TOKENS * PITCH / 4u>;
 // STORED_SHARES x ROWS x TOKENS; or 16 x 16 for each subgroup.
-var<workgroup> shares: array<vec4<f32>, 64u * SHARE_PITCH / 4u>;
+var<workgroup> shares: array<vec4<f32>, max(STORED_SHARES * ROWS * SHARE_PITCH, SUBGROUP_COUNT * 256u) / 4u>;
 var<workgroup> factors: array<f32, ROWS>;
 var<workgroup> risen: array<u32, 4>;            // the last step, plus 1, in which a reference had to follow
-// Where the tokens of this step and of the next are, in units of 16 bytes, and whether they are there: all bits or none.
-var<workgroup> ckv_tokens: array<u32, 64>;
-var<workgroup> kpe_tokens: array<u32, 64>;
-var<workgroup> present: array<u32, 64>;
+//#if !FULL
+// Where the tokens of this step and of the next are, in units of 16 bytes, or NOWHERE.
+const SLOTS: u32 = 2u * TOKENS;
+var<workgroup> ckv_tokens: array<u32, SLOTS>;
+var<workgroup> kpe_tokens: array<u32, SLOTS>;
+//#endif
 
 //#include "multiply.wgsl"
 //#if BF16
@@ -90,8 +102,7 @@ fn row_max(value: f32) -> f32 {
 
 // Tokens [begin, end) of a request, for one row tile; the result goes to row `slot` of the partial results.
 fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice: u32, thread: u32) {
-    let row = thread / LANES % ROWS;    // for softmax, and whether there is one
-    let has_row = thread / LANES < ROWS;
+    let row = thread / LANES % ROWS;    // for softmax; several invocations may have the same, and then write the same
     let lane = thread % LANES;
     let subgroup = thread / 32u;
 //#if EMULATED
@@ -102,24 +113,26 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     let column = subgroup * (COLUMNS / SUBGROUP_COUNT);     // the subgroup's first column of V
 
     let row_tile = subgroup % ROW_TILES;
-    let token_tile = subgroup / ROW_TILES % TOKENS_APART;
-    let share = subgroup / (ROW_TILES * TOKENS_APART);
+    let share = subgroup / ROW_TILES;
+    let first_column = share * SHARE_COLUMNS;               // and of K
 
 //#if BF16
-    let query_scale = measure_queries(row, lane, has_row, thread);
+    let query_scale = measure_queries(row, lane, thread);
     let scale_log2 = params.scale_log2 / query_scale;
 //#else
     let scale_log2 = params.scale_log2;
 //#endif
 
-    // Queries, by way of the memory that keys will have: 32 rows at a time.
+    // Queries, by way of the memory that keys will have: 16 rows at a time.
+//#for e CHAINS
 //#for q QUERY_TILES
-    var q_$q: MatrixA;
+    var q_$e_$q: MatrixA;
 //#endfor
-    for (var first = 0u; first < ROWS; first += 32u) {
+//#endfor
+    for (var t = 0u; t < ROW_TILES; t += 1u) {
         workgroupBarrier();
-        for (var n = thread; n < min(ROWS, 32u) * VECTORS; n += THREADS) {
-            let v = query_vector(first + n / VECTORS, n % VECTORS);
+        for (var n = thread; n < 16u * VECTORS; n += THREADS) {
+            let v = query_vector(t * 16u + n / VECTORS, n % VECTORS);
 //#if BF16
             store_vector(n / VECTORS, n % VECTORS, scaled_halves(v, query_scale));
 //#else
@@ -127,10 +140,11 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 //#endif
         }
         workgroupBarrier();
-        if row_tile / 2u == first / 32u {
-            let at = row_tile % 2u * 16u * PITCH + share * SHARE_COLUMNS;
+        if row_tile == t {
+//#for e CHAINS
 //#for q QUERY_TILES
-            q_$q = load_queries(at + $qu * 16u, $qu);
+            q_$e_$q = load_queries(first_column + ($eu * CHAIN + $qu) * 16u, $eu * CHAIN + $qu);
+//#endfor
 //#endfor
         }
     }
@@ -144,190 +158,130 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     var top = LOWEST;                   // the row's reference, in powers of two
     var sum = 0.0;                      // this lane's share of the row's sum of weights as they are multiplied
     var lse_sum = 0.0;                  // and as they were before they were rounded
+    let row_end = min(ends[row], end);
     if thread == 0u {
         risen[0] = 0u;
     }
 
-    var step = seek(table_row, begin, end);
-    var next_step = seek(table_row, step + TOKENS, end);
-    var here = 0u;                      // the half of the offsets that is this step's
-    var next_page = NOWHERE;            // of invocation t: the page of token t of the next step
-    if thread < TOKENS {
-        var page = NOWHERE;
-        if step + thread < end {
-            page = page_of(table_row, step + thread);
-        }
-        locate(page, step + thread, end, kv_head, thread);
-        if next_step + thread < end {
-            next_page = page_of(table_row, next_step + thread);
-        }
-    }
+    let first = place_of(begin, table_row, end, kv_head, thread);
+    var step = first.step;
+    var next = place_after(first, table_row, end, kv_head, thread);
+    workgroupBarrier();                 // queries have been read, and places are known
+//#for n LOADS
+    let first_$n = key_vector($nu, first, end, thread);
+//#endfor
+//#for n LOADS
+    store_key($nu, first, end, thread, first_$n);
+//#endfor
     workgroupBarrier();
+    var page: u32;                      // of the step after the next
 //#for n LOADS
-    let place_$n = vector_of($nu, subgroup, thread % 32u);
+    var next_$n: vec4<u32>;
 //#endfor
-//#if PREFETCH
+    loop {
+        // A loop of its own: what is rare stays outside, and so a compiler leaves the matrices where they are.
+        while step < end {
+            page = page_of(step_after(next, table_row, end), table_row, end, thread);
+//#if !ROWS_64
 //#for n LOADS
-    var next_$n = key_vector($nu, here, place_$n);
-//#endfor
-//#endif
-//#if TOUCH
-    var touched = 0u;
-//#endif
-    while step < end {
-        let step_after = seek(table_row, next_step + TOKENS, end);
-        let there = TOKENS - here;
-//#if PREFETCH
-        workgroupBarrier();             // the step before has been read
-//#for n LOADS
-        store_key(here, $nu, place_$n, next_$n);
-//#endfor
-//#else
-//#for n LOADS
-        let next_$n = key_vector($nu, here, place_$n);
-//#endfor
-        workgroupBarrier();             // the step before has been read
-//#for n LOADS
-        store_key(here, $nu, place_$n, next_$n);
+            next_$n = key_vector($nu, next, end, thread);
 //#endfor
 //#endif
-        if thread < TOKENS {
-            locate(next_page, next_step + thread, end, kv_head, there + thread);
-            if step_after + thread < end {
-                next_page = page_of(table_row, step_after + thread);
-            }
-        }
-        workgroupBarrier();
 
-        // Scores.
-        let first_key = token_tile * 16u * PITCH + share * SHARE_COLUMNS;
-//#for s SCORE_TILES
-        var score_$s: MatrixC;
-        score_$s = MatrixC();
+            // Scores, in CHAINS sums that do not wait for each other.
+//#for s TOKEN_TILES
+//#for e CHAINS
+            var chain_$s_$e: MatrixC;
+            chain_$s_$e = MatrixC();
+//#endfor
 //#endfor
 //#for q QUERY_TILES
-//#for s SCORE_TILES
-        score_$s = multiply_add(q_$q, load_keys(first_key + $su * 16u * PITCH + $qu * 16u), score_$s);
+//#for e CHAINS
+//#for s TOKEN_TILES
+            chain_$s_$e = multiply_add(q_$e_$q, load_keys($su * 16u * PITCH + first_column + ($eu * CHAIN + $qu) * 16u), chain_$s_$e);
 //#endfor
 //#endfor
-        let share_at = ((share % STORED_SHARES) * ROWS + row_tile * 16u) * SHARE_PITCH + token_tile * 16u;
+//#endfor
+            let share_at = (share % STORED_SHARES * ROWS + row_tile * 16u) * SHARE_PITCH;
 //#if ROWS_64
-        if share == 1u {
-//#for s SCORE_TILES
-            store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
+            if share == 1u {
+//#for s TOKEN_TILES
+                store_share(chain_$s_0, share_at + $su * 16u, SHARE_PITCH);
 //#endfor
-        }
-        workgroupBarrier();
-        if share == 0u {
-//#for s SCORE_TILES
-            score_$s = plus(score_$s, load_share(share_at + $su * 16u, SHARE_PITCH));
-            store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
-//#endfor
-        }
-//#else
-//#for s SCORE_TILES
-        store_share(score_$s, share_at + $su * 16u, SHARE_PITCH);
-//#endfor
-//#endif
-        workgroupBarrier();
-//#if PREFETCH
-//#for n LOADS
-        next_$n = key_vector($nu, there, place_$n);
-//#endfor
-//#endif
-
-        // Softmax: this lane has 4 or 8 neighbouring tokens. One that the row does not see, or that is in another window,
-        // weighs exactly 0.
-        let first_token = lane * TOKENS_PER_LANE;
-        var highest = LOWEST;
-//#for i LANE_VECTORS
-        var score_at_$i = shares[(row * SHARE_PITCH + first_token) / 4u + $iu];
-        for (var s = 1u; s < STORED_SHARES; s += 1u) {
-            score_at_$i += shares[((s * ROWS + row) * SHARE_PITCH + first_token) / 4u + $iu];
-        }
-        score_at_$i *= scale_log2;
-        let token_$i = step + first_token + $iu * 4u + vec4<u32>(0u, 1u, 2u, 3u);
-        let slot_$i = here + first_token + $iu * 4u;
-        let there_$i = vec4<u32>(present[slot_$i], present[slot_$i + 1u], present[slot_$i + 2u], present[slot_$i + 3u]);
-        let seen_$i = (token_$i < vec4<u32>(ends[row])) & (there_$i != vec4<u32>(0u));
-        score_at_$i = select(vec4<f32>(LOWEST), score_at_$i, seen_$i);
-        highest = max(highest, max(max(score_at_$i.x, score_at_$i.y), max(score_at_$i.z, score_at_$i.w)));
-//#endfor
-        highest = row_max(highest);
-        var factor = 1.0;
-        if highest > top + MOST || (top == LOWEST && highest > LOWEST) {
-            factor = exp2(top - (highest - HEADROOM));
-            if top != LOWEST && has_row {
-                risen[0] = step + 1u;   // several may write: the same number
             }
-            top = highest - HEADROOM;
+            workgroupBarrier();
+            if share == 0u {
+//#for s TOKEN_TILES
+                store_share(plus(chain_$s_0, load_share(share_at + $su * 16u, SHARE_PITCH)), share_at + $su * 16u, SHARE_PITCH);
+//#endfor
+            }
+//#else
+            store_share(plus(plus(chain_0_0, chain_0_1), chain_0_2), share_at, SHARE_PITCH);
+//#endif
+            workgroupBarrier();
+
+            // Softmax: this lane has 4 or 8 neighbouring tokens. One that the row does not see, or that is in another window,
+            // weighs exactly 0.
+            let first_token = lane * TOKENS_PER_LANE;
+            var highest = LOWEST;
+//#for i LANE_VECTORS
+            let at_$i = (row * SHARE_PITCH + first_token) / 4u + $iu;
+            var score_$i = shares[at_$i];
+            for (var s = 1u; s < STORED_SHARES; s += 1u) {
+                score_$i += shares[s * ROWS * SHARE_PITCH / 4u + at_$i];
+            }
+            var seen_$i = step + first_token + $iu * 4u + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(row_end);
+//#if !FULL
+            let entry_$i = (next.slot ^ TOKENS) + first_token + $iu * 4u;
+            seen_$i &= vec4<u32>(ckv_tokens[entry_$i], ckv_tokens[entry_$i + 1u], ckv_tokens[entry_$i + 2u],
+                                 ckv_tokens[entry_$i + 3u]) != vec4<u32>(NOWHERE);
+//#endif
+            score_$i = select(vec4<f32>(LOWEST), score_$i * scale_log2, seen_$i);
+            highest = max(highest, max(max(score_$i.x, score_$i.y), max(score_$i.z, score_$i.w)));
+//#endfor
+            highest = row_max(highest);
+            let rises = (highest > top + MOST) | ((top == LOWEST) & (highest > LOWEST));
+            let factor = select(1.0, exp2(top - (highest - HEADROOM)), rises);
+            // Several may write: the same number. The second word is for those who have nothing to say.
+            risen[select(1u, 0u, rises & (top != LOWEST))] = step + 1u;
+            factors[row] = factor;
+            top = select(top, highest - HEADROOM, rises);
             sum *= factor;
             lse_sum *= factor;
-        }
-        if has_row && lane == 0u {
-            factors[row] = factor;
-        }
-        let weights_at = (row % 32u * PITCH + WEIGHTS_AT + row / 32u * 32u + first_token) / 4u;
+            let weights_at = (row % TOKENS * PITCH + WEIGHTS_AT + row / TOKENS * TOKENS + first_token) / 4u;
 //#for i LANE_VECTORS
-        let weight_$i = select(vec4<f32>(0.0), exp2(score_at_$i - top), seen_$i);
-        let rounded_$i = vec4<f16>(weight_$i);
-        lse_sum += weight_$i.x + weight_$i.y + weight_$i.z + weight_$i.w;
-        let as_multiplied_$i = vec4<f32>(rounded_$i);
-        sum += as_multiplied_$i.x + as_multiplied_$i.y + as_multiplied_$i.z + as_multiplied_$i.w;
-        if has_row {
+            let weight_$i = select(vec4<f32>(0.0), exp2(score_$i - top), seen_$i);
+            let rounded_$i = vec4<f16>(weight_$i);
+            let as_multiplied_$i = vec4<f32>(rounded_$i);
+            sum += as_multiplied_$i.x + as_multiplied_$i.y + as_multiplied_$i.z + as_multiplied_$i.w;
+            lse_sum += weight_$i.x + weight_$i.y + weight_$i.z + weight_$i.w;
             keys[weights_at + $iu] = rounded_$i;
-        }
 //#endfor
-        let rescale = workgroupUniformLoad(&risen[0]) == step + 1u;
-        if rescale {
-            // The shares have been read: their memory serves, 16 x 16 for each subgroup.
-//#for m MATRIX_ROWS
-//#for c MATRIX_COLUMNS
-            store_share(sum_$m_$c, subgroup * 256u, 16u);
             workgroupBarrier();
-            for (var i = thread % 32u; i < 64u; i += 32u) {
-                shares[subgroup * 64u + i] *= factors[$mu * 16u + i / 4u];
+            if risen[0] == step + 1u {
+                break;
             }
-            workgroupBarrier();
-            sum_$m_$c = load_share(subgroup * 256u, 16u);
-            workgroupBarrier();
-//#endfor
-//#endfor
+//#include "values.wgsl"
         }
-
-//#if TOUCH
-//#for n TOUCHES
-        let touch_$n = touch(there, $nu * THREADS + thread);
-//#endfor
-//#endif
-
-        // Weights x V, 16 tokens at a time.
-//#for g 2
+        if step >= end {
+            break;
+        }
+        // A reference has risen. The shares have been read: their memory serves, 16 x 16 for each subgroup.
 //#for m MATRIX_ROWS
-        let weights_$g_$m = load_weights($mu % 2u * 16u * PITCH + WEIGHTS_AT + $mu / 2u * 32u + $gu * 16u);
-//#endfor
 //#for c MATRIX_COLUMNS
-        let v_$g_$c = load_values($gu * 16u * PITCH + column + $cu * 16u);
-//#for m MATRIX_ROWS
-        sum_$m_$c = multiply_add(weights_$g_$m, v_$g_$c, sum_$m_$c);
+        store_share(sum_$m_$c, subgroup * 256u, 16u);
+        workgroupBarrier();
+        for (var i = thread % 32u; i < 64u; i += 32u) {
+            shares[subgroup * 64u + i] *= factors[$mu * 16u + i / 4u];
+        }
+        workgroupBarrier();
+        sum_$m_$c = load_share(subgroup * 256u, 16u);
+        workgroupBarrier();
 //#endfor
 //#endfor
-//#endfor
-//#if TOUCH
-//#for n TOUCHES
-        touched ^= touch_$n;
-//#endfor
-//#endif
-        step = next_step;
-        next_step = step_after;
-        here = there;
+//#include "values.wgsl"
     }
 
-//#if TOUCH
-    if touched == 1u && params.zero != 0u {
-        workspace[0] = 0.0;             // never; without a use there would be no loads
-    }
-//#endif
     let partial_row = slot * params.row_tiles * ROWS + (tile - params.first_row_tile) * ROWS;
     let all = row_sum(sum);
     let lse_all = row_sum(lse_sum);
@@ -335,7 +289,7 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 //#if BF16
     shifted = select(UNFIT, shifted, range_fits(thread));
 //#endif
-    if has_row && lane == 0u {
+    if lane == 0u {
         store_sums(partial_row + row, shifted, all, lse_all);
     }
 //#for m MATRIX_ROWS

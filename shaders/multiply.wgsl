@@ -17,7 +17,7 @@ alias MatrixB = InMemory;
 alias MatrixC = array<f32, 8>;
 
 var<private> invocation: u32;                   // of the subgroup
-var<private> copies: array<f32, 768>;           // 8 rows x 16 columns for each of QUERY_TILES
+var<private> copies: array<f32, SHARE_COLUMNS * 8u>;    // 8 rows of the subgroup's share
 
 fn key(i: u32) -> f32 { return f32(keys[i / 4u][i % 4u]); }
 fn load_queries(at: u32, q: u32) -> MatrixA {

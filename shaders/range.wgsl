@@ -37,7 +37,7 @@ fn largest_of(v: vec4<f32>) -> f32 {
 }
 
 // What the tile's queries are multiplied by.
-fn measure_queries(row: u32, lane: u32, has_row: bool, thread: u32) -> f32 {
+fn measure_queries(row: u32, lane: u32, thread: u32) -> f32 {
     largest_value = vec4<f16>(0.0h);
     largest_rope = vec4<f16>(0.0h);
     words = 0u;
@@ -46,7 +46,7 @@ fn measure_queries(row: u32, lane: u32, has_row: bool, thread: u32) -> f32 {
         atomicStore(&largest_norm[thread], 0u);
     }
     workgroupBarrier();
-    if has_row {
+    {
         var most = 0.0;
         var norm = 0.0;
         for (var vector = lane; vector < VECTORS; vector += LANES) {

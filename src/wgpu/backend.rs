@@ -231,15 +231,25 @@ impl WgpuBackend {
         self.workgroups.unwrap_or(fill) / (row_tiles as usize * slices).max(1)
     }
 
-    fn kernel(&self, kernel: Kernel, path: Path, problem: &Problem) -> Result<Arc<Pipeline>> {
+    fn kernel(&self, kernel: Kernel, path: Path, problem: &Problem, windows: bool) -> Result<Arc<Pipeline>> {
         // The small kernels have one path, and the first two do not know the element type.
         let (path, dtype) = match kernel {
             Kernel::Schedule => (Path::Plain, DType::F32),
             Kernel::Prepare => (path, DType::F32),
             Kernel::Combine | Kernel::Decode => (path, problem.dtype()),
         };
-        let full = kernel == Kernel::Decode && path.is_full(problem.head_dim_k(), problem.head_dim_v());
+        let full = match kernel {
+            Kernel::Decode => path.is_full(problem) && !windows,
+            Kernel::Combine => problem.head_dim_v().is_multiple_of(4),
+            _ => false,
+        };
         self.pipelines.get(&self.context, (kernel, path, dtype, if full { Build::Full } else { Build::Any }))
+    }
+
+    /// Whether a cache is larger than a binding.
+    fn has_windows(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<bool> {
+        let pages = run::window_pages(&self.context, problem, &inputs.kv_cache)?;
+        Ok(pages < problem.num_pages() as u64)
     }
 
     /// The kernel for splits whose numbers do not fit matrices of f16: for bf16 only.
@@ -301,15 +311,16 @@ impl MlaBackend for WgpuBackend {
         inputs.validate(problem, self.info.device)?;
         let (path, of_call) = (self.path(problem), self.path_of_call(problem, inputs));
         // Kernels are compiled here, so that `run` finds them in place.
+        let windows = self.has_windows(problem, inputs)?;
         for kernel in [Kernel::Prepare, Kernel::Decode, Kernel::Combine] {
-            self.kernel(kernel, of_call, problem)?;
+            self.kernel(kernel, of_call, problem, windows)?;
         }
         self.remains(of_call, problem)?;
         let rows_per_kv = problem.s_q() * problem.heads_per_kv();
         let row_tiles = (problem.h_kv() * rows_per_kv.div_ceil(path.rows())) as u64;
         let parts = self.default_parts(path, row_tiles, problem.head_dim_v().div_ceil(path.columns()));
         let schedule = WgpuSchedule::new(&self.context, problem, options, parts)?;
-        let kernel = self.kernel(Kernel::Schedule, path, problem)?;
+        let kernel = self.kernel(Kernel::Schedule, path, problem, windows)?;
         schedule.enqueue(&self.context, &kernel, problem, &inputs.cache_seqlens, &self.dummy)?;
         Ok(schedule)
     }
@@ -362,11 +373,13 @@ impl MlaBackend for WgpuBackend {
         }
         let path = self.path_of_call(problem, inputs);
         let remains = self.remains(path, problem)?;
-        let [prepare, decode, combine] = [Kernel::Prepare, Kernel::Decode, Kernel::Combine];
+        let windows = self.has_windows(problem, inputs)?;
+        let kernel = |kernel| self.kernel(kernel, path, problem, windows);
+        let [prepare, decode, combine] = [kernel(Kernel::Prepare)?, kernel(Kernel::Decode)?, kernel(Kernel::Combine)?];
         let kernels = Kernels {
-            prepare: &*self.kernel(prepare, path, problem)?,
-            decode: &*self.kernel(decode, path, problem)?,
-            combine: &*self.kernel(combine, path, problem)?,
+            prepare: &prepare,
+            decode: &decode,
+            combine: &combine,
             remains: remains.as_deref().map(|kernel| (kernel, (path.rows() / Path::Subgroups.rows()) as u32)),
             columns: path.columns(),
         };

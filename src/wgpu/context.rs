@@ -1,6 +1,7 @@
 //! The adapter and the device: what they offer, and their errors as values.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{ThreadId, current};
 
 use super::NAME;
 use crate::error::{MlaError, Result};
@@ -21,6 +22,13 @@ pub(super) struct Context {
     pub(super) known_matrices: bool,
     /// Why the device was lost, once it was. A caller's own device has the caller's callback, not ours.
     lost: Arc<Mutex<Option<String>>>,
+    held: Mutex<Option<Held>>,
+}
+
+/// What one thread has recorded, to submit it at once.
+struct Held {
+    thread: ThreadId,
+    encoder: Option<::wgpu::CommandEncoder>,
 }
 
 /// What the backend makes use of, where an adapter has it.
@@ -122,7 +130,17 @@ impl Context {
     pub(super) fn new(adapter: ::wgpu::AdapterInfo, device: ::wgpu::Device, queue: ::wgpu::Queue) -> Context {
         let (limits, features) = (device.limits(), device.features());
         let matrices = features.contains(::wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
-        Context { device, queue, limits, features, adapter, matrices, known_matrices: false, lost: Arc::default() }
+        Context {
+            device,
+            queue,
+            limits,
+            features,
+            adapter,
+            matrices,
+            known_matrices: false,
+            lost: Arc::default(),
+            held: Mutex::default(),
+        }
     }
 
     /// Runs `work`, with what wgpu would report elsewhere, or end the process for, as an error.
@@ -144,6 +162,52 @@ impl Context {
             None if polled.is_err() => polled.map(|_| value).map_err(|e| platform(call, e.to_string())),
             None => self.check_lost(call).map(|()| value),
         }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn encoder(&self) -> ::wgpu::CommandEncoder {
+        self.device.create_command_encoder(&Default::default())
+    }
+
+    /// Records commands and submits them; inside [`Context::at_once`], of the same thread, later.
+    pub(super) fn enqueue(&self, record: impl FnOnce(&mut ::wgpu::CommandEncoder)) {
+        if let Some(held) = self.held().as_mut().filter(|held| held.thread == current().id()) {
+            record(held.encoder.get_or_insert_with(|| self.encoder()));
+            return;
+        }
+        let mut encoder = self.encoder();
+        record(&mut encoder);
+        self.queue.submit([encoder.finish()]);
+    }
+
+    /// Submits what this thread holds back: before anything that must come after it.
+    pub(super) fn submit_held(&self) {
+        let encoder = match &mut *self.held() {
+            Some(held) if held.thread == current().id() => held.encoder.take(),
+            _ => None,
+        };
+        if let Some(encoder) = encoder {
+            self.queue.submit([encoder.finish()]);
+        }
+    }
+
+    /// Runs `work` and submits all that it enqueues at once: a device is idle for some microseconds between submissions.
+    /// Of two threads at a time, the second submits one by one.
+    pub(super) fn at_once(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let mut held = self.held();
+        if held.is_some() {
+            drop(held);
+            return work();
+        }
+        *held = Some(Held { thread: current().id(), encoder: None });
+        drop(held);
+        let done = work();
+        let submitted = self.guarded("submit", || self.submit_held());
+        *self.held() = None;
+        done.and(submitted)
     }
 
     /// Waits for all work.

@@ -71,6 +71,7 @@ impl Context {
 
     /// Copies to the start of a buffer, which has room.
     pub(super) fn write(&self, buffer: &::wgpu::Buffer, bytes: &[u8]) -> Result<()> {
+        self.submit_held();
         for (i, piece) in bytes.chunks(PIECE).enumerate() {
             let offset = (i * PIECE) as u64;
             let whole = piece.len() / 4 * 4;
@@ -100,12 +101,12 @@ impl Context {
         let source = self.buffer(tile.len(), USAGE)?;
         self.write(&source, tile)?;
         self.guarded("copy_buffer_to_buffer", || {
-            let mut encoder = self.device.create_command_encoder(&Default::default());
-            for at in (0..bytes).step_by(tile.len()) {
-                let n = tile.len().min(bytes - at).next_multiple_of(4) as u64;
-                encoder.copy_buffer_to_buffer(&source, 0, &buffer.buffer, at as u64, n);
-            }
-            self.queue.submit([encoder.finish()]);
+            self.enqueue(|encoder| {
+                for at in (0..bytes).step_by(tile.len()) {
+                    let n = tile.len().min(bytes - at).next_multiple_of(4) as u64;
+                    encoder.copy_buffer_to_buffer(&source, 0, &buffer.buffer, at as u64, n);
+                }
+            });
         })
     }
 
@@ -120,9 +121,9 @@ impl Context {
             let size = (piece.len() as u64).next_multiple_of(4);
             let (sender, receiver) = mpsc::channel();
             self.guarded("copy_buffer_to_buffer", || {
-                let mut encoder = self.device.create_command_encoder(&Default::default());
-                encoder.copy_buffer_to_buffer(buffer, offset + (i * PIECE) as u64, &staging, 0, size);
-                self.queue.submit([encoder.finish()]);
+                let from = offset + (i * PIECE) as u64;
+                self.enqueue(|encoder| encoder.copy_buffer_to_buffer(buffer, from, &staging, 0, size));
+                self.submit_held();
                 staging.map_async(::wgpu::MapMode::Read, 0..size, move |result| {
                     // The receiver is gone only where waiting failed, which is then the error.
                     let _ = sender.send(result);

@@ -3,9 +3,9 @@
 use super::chunks::Shape;
 use super::context::Context;
 use super::memory::{Place, USAGE};
-use super::params::{NUM_SPLITS_AT, PARAMS_STRIDE, Params, STATUS_OK};
+use super::params::{NUM_SPLITS_AT, Params, STATUS_OK};
 use super::pipelines::Pipeline;
-use super::run::{Binding, Dispatch, submit};
+use super::run::{Binding, Dispatch, Uniforms, submit};
 use crate::error::{MlaError, Result};
 use crate::problem::{BLOCK_TOKENS, Problem};
 use crate::schedule::{PartMetadata, ScheduleOptions, SplitPolicy};
@@ -28,8 +28,7 @@ pub struct WgpuSchedule {
     policy: SplitPolicy,
     /// Status, `num_splits` [b + 1] i32, `parts` [num_parts, 8] i32.
     pub(super) plan: ::wgpu::Buffer,
-    /// The parameters of up to [`PARAMS_SLOTS`] dispatches.
-    pub(super) params: ::wgpu::Buffer,
+    pub(super) params: Uniforms,
 }
 
 fn shape(p: &Problem) -> [(&'static str, usize); 7] {
@@ -70,13 +69,12 @@ impl WgpuSchedule {
             return Err(MlaError::Parameter { param: "split_blocks", value, limit: "1..=2147483647" });
         }
         let words = NUM_SPLITS_AT + problem.b() + 1 + num_parts * 8;
-        let uniform = ::wgpu::BufferUsages::UNIFORM | ::wgpu::BufferUsages::COPY_DST;
         Ok(WgpuSchedule {
             shape: shape(problem),
             num_parts,
             policy: options.policy,
             plan: context.buffer(words * 4, USAGE)?,
-            params: context.buffer(PARAMS_SLOTS * PARAMS_STRIDE as usize, uniform)?,
+            params: Uniforms::new(context)?,
         })
     }
 

@@ -1,5 +1,7 @@
 //! A step: what is bound and dispatched, chunk by chunk.
 
+use std::sync::{Mutex, PoisonError};
+
 use super::chunks::{Chunk, Shape};
 use super::context::Context;
 use super::memory::Place;
@@ -26,29 +28,54 @@ pub(super) struct Dispatch<'a> {
     pub(super) groups: [u32; 3],
 }
 
-/// Enqueues dispatches, each after the one before. Copies their parameters to the device on the way.
-pub(super) fn submit(context: &Context, uniforms: &::wgpu::Buffer, dispatches: &[Dispatch<'_>]) -> Result<()> {
+/// The parameters of up to [`PARAMS_SLOTS`] dispatches, on the device.
+pub(super) struct Uniforms {
+    pub(super) buffer: ::wgpu::Buffer,
+    /// What the buffer has, or will have once what is enqueued is done.
+    written: Mutex<Vec<u8>>,
+}
+
+impl Uniforms {
+    pub(super) fn new(context: &Context) -> Result<Uniforms> {
+        let usage = ::wgpu::BufferUsages::UNIFORM | ::wgpu::BufferUsages::COPY_DST;
+        let buffer = context.buffer(PARAMS_SLOTS * PARAMS_STRIDE as usize, usage)?;
+        Ok(Uniforms { buffer, written: Mutex::default() })
+    }
+}
+
+/// Enqueues dispatches, each after the one before. Copies their parameters to the device on the way, where they are
+/// not those of the last time, as they are for all layers of a model.
+pub(super) fn submit(context: &Context, uniforms: &Uniforms, dispatches: &[Dispatch<'_>]) -> Result<()> {
     // A queue orders copies between submissions, so parameters may be overwritten by the next batch.
+    let mut written = uniforms.written.lock().unwrap_or_else(PoisonError::into_inner);
     for batch in dispatches.chunks(PARAMS_SLOTS) {
         let mut bytes = vec![0u8; batch.len() * PARAMS_STRIDE as usize];
         for (slot, dispatch) in bytes.chunks_exact_mut(PARAMS_STRIDE as usize).zip(batch) {
             slot[..size_of::<Params>()].copy_from_slice(bytemuck::bytes_of(&dispatch.params));
         }
+        let known = written.starts_with(&bytes);
+        if !known {
+            written.clear();
+        }
         context.guarded("submit", || {
-            context.queue.write_buffer(uniforms, 0, &bytes);
-            let mut encoder = context.device.create_command_encoder(&Default::default());
-            {
+            if !known {
+                context.submit_held();
+                context.queue.write_buffer(&uniforms.buffer, 0, &bytes);
+            }
+            context.enqueue(|encoder| {
                 let mut pass = encoder.begin_compute_pass(&Default::default());
                 for (i, dispatch) in batch.iter().enumerate() {
-                    let group = bind_group(context, uniforms, dispatch);
+                    let group = bind_group(context, &uniforms.buffer, dispatch);
                     pass.set_pipeline(&dispatch.pipeline.pipeline);
                     pass.set_bind_group(0, &group, &[(i as u64 * PARAMS_STRIDE) as u32]);
                     let [x, y, z] = dispatch.groups;
                     pass.dispatch_workgroups(x, y, z);
                 }
-            }
-            context.queue.submit([encoder.finish()]);
+            });
         })?;
+        if !known {
+            *written = bytes;
+        }
     }
     Ok(())
 }
@@ -107,16 +134,20 @@ fn place<'a>(param: &'static str, view: Option<&TensorView<'a>>) -> Result<Optio
     view.map_or(Ok(None), |view| Place::of(param, view))
 }
 
+fn cache_places<'a>(cache: &KvCache<'a>) -> Result<[Option<Place<'a>>; 2]> {
+    Ok(match cache {
+        KvCache::Fused(k) => [Place::of("k_cache", k)?, None],
+        KvCache::Split { ckv, kpe } => [Place::of("ckv", ckv)?, place("kpe", kpe.as_ref())?],
+    })
+}
+
 impl<'a> Places<'a> {
     fn new(inputs: &Inputs<'a>, out: &TensorView<'a>, lse: &TensorView<'a>) -> Result<Places<'a>> {
         let (q_nope, q_pe) = match &inputs.query {
             Query::Fused(q) => (Place::of("q", q)?, None),
             Query::Split { q_nope, q_pe } => (Place::of("q_nope", q_nope)?, place("q_pe", q_pe.as_ref())?),
         };
-        let (ckv, kpe) = match &inputs.kv_cache {
-            KvCache::Fused(k) => (Place::of("k_cache", k)?, None),
-            KvCache::Split { ckv, kpe } => (Place::of("ckv", ckv)?, place("kpe", kpe.as_ref())?),
-        };
+        let [ckv, kpe] = cache_places(&inputs.kv_cache)?;
         Ok(Places {
             q_nope,
             q_pe,
@@ -178,11 +209,6 @@ impl<'a> Places<'a> {
         ];
         steps_within(&named, bytes, "one request")
     }
-
-    /// The most pages that fit bindings of `bytes` bytes.
-    fn pages_within(&self, bytes: u64) -> Result<u64> {
-        steps_within(&[("k_cache", self.ckv), ("kpe", self.kpe)], bytes, "one page")
-    }
 }
 
 fn steps_within(places: &[(&'static str, Option<Place<'_>>)], bytes: u64, what: &str) -> Result<u64> {
@@ -198,6 +224,18 @@ fn steps_within(places: &[(&'static str, Option<Place<'_>>)], bytes: u64, what: 
     Ok(most)
 }
 
+/// The most bytes of a tensor that a binding holds.
+fn tensor_bytes(context: &Context) -> u64 {
+    context.binding_bytes() - slack(u64::from(context.limits.min_storage_buffer_offset_alignment))
+}
+
+/// The pages that a binding holds, of the cache's.
+pub(super) fn window_pages(context: &Context, problem: &Problem, cache: &KvCache<'_>) -> Result<u64> {
+    let [ckv, kpe] = cache_places(cache)?;
+    let most = steps_within(&[("k_cache", ckv), ("kpe", kpe)], tensor_bytes(context), "one page")?;
+    Ok(most.clamp(1, (problem.num_pages() as u64).max(1)))
+}
+
 /// Whether matrices can be loaded straight from the tensors: every row begins at a multiple of 8 elements.
 pub(super) fn rows_suit_matrices(inputs: &Inputs<'_>) -> bool {
     inputs.tensors().filter(|(_, view)| view.shape().len() == 4).all(|(_, view)| {
@@ -207,7 +245,7 @@ pub(super) fn rows_suit_matrices(inputs: &Inputs<'_>) -> bool {
     })
 }
 
-/// Fewer rows than this do not fill a device: two workgroups merge a row.
+/// Fewer rows than this do not fill a device: four workgroups merge a row.
 const FEW_ROWS: u64 = 1024;
 
 /// Room that a binding needs beyond its tensor: it begins at a multiple of the alignment and ends with a whole word.
@@ -232,8 +270,8 @@ pub(super) fn run(
     let places = Places::new(inputs, &out, &lse)?;
     places.check_apart(&scratch)?;
     let align = u64::from(context.limits.min_storage_buffer_offset_alignment);
-    let limit = context.binding_bytes() - slack(align);
-    let window_pages = places.pages_within(limit)?.clamp(1, (problem.num_pages() as u64).max(1));
+    let limit = tensor_bytes(context);
+    let window_pages = window_pages(context, problem, &inputs.kv_cache)?;
     let windows = (problem.num_pages() as u64).div_ceil(window_pages).max(1);
     let requests = places.requests_within(limit)?.min(shape.requests);
     let chunk = shape.chunk(requests, windows, scratch.bytes.min(limit))?;
@@ -385,7 +423,7 @@ impl<'a> Call<'a> {
             pipeline: self.kernels.combine,
             bindings: vec![plan(), self.workspace(layout.words), out, lse],
             params,
-            groups: [rows as u32, requests as u32, if rows * requests < FEW_ROWS { 2 } else { 1 }],
+            groups: [rows as u32, requests as u32, if rows * requests < FEW_ROWS { 4 } else { 1 }],
         });
     }
 }

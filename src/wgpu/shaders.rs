@@ -5,6 +5,7 @@
 //! need names, since an array of them that a compiler indexes at run time lies in memory. The web example has the same
 //! few lines in JavaScript.
 
+use crate::problem::Problem;
 use crate::tensor::DType;
 
 /// Name and text of every shader file.
@@ -18,6 +19,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("vector.wgsl", include_str!("../../shaders/vector.wgsl")),
     ("matrix.wgsl", include_str!("../../shaders/matrix.wgsl")),
     ("keys.wgsl", include_str!("../../shaders/keys.wgsl")),
+    ("values.wgsl", include_str!("../../shaders/values.wgsl")),
     ("range.wgsl", include_str!("../../shaders/range.wgsl")),
     ("multiply.wgsl", include_str!("../../shaders/multiply.wgsl")),
     ("combine.wgsl", include_str!("../../shaders/combine.wgsl")),
@@ -141,10 +143,9 @@ impl Path {
             Path::Subgroups if build == Build::Remains => return vec!["SUBGROUPS", "REMAINS"],
             Path::Subgroups => return vec!["SUBGROUPS"],
             Path::NativeF16 => return vec!["SUBGROUPS", "NATIVE_F16"],
-            Path::Matrix16 | Path::EmulatedMatrix16 => vec!["PREFETCH"],
-            Path::Matrix32 | Path::EmulatedMatrix32 => vec!["PREFETCH", "ROWS_32"],
-            // All registers are for sums and queries.
-            Path::Matrix64 | Path::EmulatedMatrix64 => vec!["TOUCH", "ROWS_64"],
+            Path::Matrix16 | Path::EmulatedMatrix16 => vec![],
+            Path::Matrix32 | Path::EmulatedMatrix32 => vec!["ROWS_32"],
+            Path::Matrix64 | Path::EmulatedMatrix64 => vec!["ROWS_64"],
         };
         defines.extend(["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX"]);
         defines.extend(self.is_emulated().then_some("EMULATED"));
@@ -152,9 +153,14 @@ impl Path {
         defines
     }
 
-    /// Whether a problem has all the columns that a matrix path takes: such ones need no test of each load.
-    pub(super) fn is_full(self, head_dim_k: usize, head_dim_v: usize) -> bool {
-        self.is_matrix() && self.most_columns() == (head_dim_k, head_dim_v)
+    /// Whether a matrix path may do without a test of each load: a problem has all the columns that it takes, and pages, of
+    /// whole steps.
+    pub(super) fn is_full(self, problem: &Problem) -> bool {
+        self.is_matrix()
+            && self.most_columns() == (problem.head_dim_k(), problem.head_dim_v())
+            && problem.page_size().is_multiple_of(32)
+            && problem.num_pages() > 0
+            && problem.max_pages_per_seq() > 0
     }
 
     /// The most columns of K and of V that the path takes: `K_COLUMNS` and `COLUMNS` of matrix.wgsl. Others take any
@@ -186,18 +192,21 @@ impl Path {
         if !self.is_matrix() {
             return vec![];
         }
-        let (subgroups, tokens, rows) = (8, 32, self.rows());
+        let rows = self.rows();
+        let (subgroups, tokens, shares, chains) = match rows {
+            16 => (4, 16, 4, 3),
+            32 => (8, 16, 4, 3),
+            _ => (8, 32, 2, 1),
+        };
         let (k_columns, columns) = self.most_columns();
-        let shares = if rows == 16 { 4 } else { 2 };
-        let apart = subgroups / (rows / 16 * shares);
         vec![
             ("MATRIX_ROWS", rows / 16),
             ("MATRIX_COLUMNS", columns / 16 / subgroups),
-            ("QUERY_TILES", k_columns / 16 / shares),
-            ("SCORE_TILES", tokens / 16 / apart),
-            ("LOADS", tokens * k_columns / 8 / (subgroups * 32)),
-            ("TOUCHES", (tokens * k_columns / 16).div_ceil(subgroups * 32)),
-            ("LANE_VECTORS", tokens / (subgroups * 32 / rows).min(8) / 4),
+            ("TOKEN_TILES", tokens / 16),
+            ("CHAINS", chains),
+            ("QUERY_TILES", k_columns / 16 / shares / chains),
+            ("LOADS", tokens * columns / 8 / (subgroups * 32) + 1),
+            ("LANE_VECTORS", tokens / 16),
         ]
     }
 }
@@ -207,7 +216,7 @@ impl Path {
 pub enum Build {
     /// Any problem.
     Any,
-    /// `Decode` by matrices: problems that have as many columns as the path takes need no test of each load.
+    /// `Decode` by matrices: [`Path::is_full`], and one window of pages. `Combine`: head_dim_v is a multiple of 4.
     Full,
     /// `Decode` by [`Path::Subgroups`]: the splits that matrices left, since their numbers do not fit f16.
     Remains,
@@ -221,8 +230,10 @@ pub fn source(kernel: Kernel, path: Path, dtype: DType, build: Build) -> String 
         DType::F32 => "F32",
         DType::I32 => "I32",
     };
-    let template =
-        Template { defines: path.defines(build).into_iter().chain([element]).collect(), counts: path.counts() };
+    let mut defines = path.defines(build);
+    defines.push(element);
+    defines.extend((kernel == Kernel::Combine && build == Build::Full).then_some("QUADS"));
+    let template = Template { defines, counts: path.counts() };
     let mut lines = Vec::new();
     template.include(&format!("{}.wgsl", kernel.name()), &mut lines);
     template.unroll(&lines)

@@ -35,12 +35,12 @@ impl Timestamps {
     /// Enqueues a timestamp, and after the second one the copy of both.
     fn stamp(&self, context: &Context, index: u32) -> Result<()> {
         context.guarded("write_timestamp", || {
-            let mut encoder = context.device.create_command_encoder(&Default::default());
-            encoder.write_timestamp(&self.queries, index);
-            if index == 1 {
-                encoder.resolve_query_set(&self.queries, 0..2, &self.resolved, 0);
-            }
-            context.queue.submit([encoder.finish()]);
+            context.enqueue(|encoder| {
+                encoder.write_timestamp(&self.queries, index);
+                if index == 1 {
+                    encoder.resolve_query_set(&self.queries, 0..2, &self.resolved, 0);
+                }
+            });
         })
     }
 }
@@ -66,9 +66,11 @@ impl Clock {
         let Some(timestamps) = kept.as_ref() else {
             return Err(platform("create_query_set", "no query set".into()));
         };
-        timestamps.stamp(context, 0)?;
-        work()?;
-        timestamps.stamp(context, 1)?;
+        context.at_once(|| {
+            timestamps.stamp(context, 0)?;
+            work()?;
+            timestamps.stamp(context, 1)
+        })?;
         finish()?;
         let mut ticks = [0u64; 2];
         context.read(&timestamps.resolved, 0, bytemuck::bytes_of_mut(&mut ticks))?;
@@ -84,10 +86,6 @@ impl Clock {
             *flush = Some(context.buffer(bytes as usize, USAGE)?);
         }
         let Some(buffer) = flush.as_ref() else { return Ok(()) };
-        context.guarded("clear_buffer", || {
-            let mut encoder = context.device.create_command_encoder(&Default::default());
-            encoder.clear_buffer(buffer, 0, None);
-            context.queue.submit([encoder.finish()]);
-        })
+        context.guarded("clear_buffer", || context.enqueue(|encoder| encoder.clear_buffer(buffer, 0, None)))
     }
 }

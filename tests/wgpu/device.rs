@@ -318,6 +318,9 @@ fn a_lost_device_is_an_error_everywhere() {
 #[test]
 fn tensors_may_begin_anywhere_in_a_buffer() {
     let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    // With matrices rows that begin at 16 bytes would take another path than those that do not, and have other bits.
+    let path = if backend.has(Path::Subgroups) { Path::Subgroups } else { Path::Plain };
+    let backend = backend.with_path(path).expect("the adapter has it");
     let tensors = Tensors::new(&backend, &[200, 40, 256], &TABLE, None);
     let options = ScheduleOptions { num_sm_parts: None, policy: SplitPolicy::BATCH_INVARIANT };
     let (verdict, want_out, want_lse) = tensors.run(&options);

@@ -5,7 +5,7 @@ use std::process::Command;
 
 /// File, what is replaced, by what.
 type Mutant = (&'static str, &'static str, &'static str, &'static str);
-const MUTANTS: [Mutant; 10] = [
+const MUTANTS: [Mutant; 11] = [
     ("nothing is rescaled when the maximum rises", "vector.wgsl", "accumulators[r] *= factors[r];", ""),
     ("sums are not rescaled", "vector.wgsl", "sum = sum * factor +", "sum = sum +"),
     ("V is read past the end", "vector.wgsl", "if key == NOWHERE {", "if false {"),
@@ -13,8 +13,14 @@ const MUTANTS: [Mutant; 10] = [
     (
         "the last split is lost",
         "combine.wgsl",
-        "let chunk_end = min(end, chunk + THREADS);",
-        "let chunk_end = min(end, chunk + THREADS) - 1u;",
+        "let n = min(end - chunk, THREADS);",
+        "let n = min(end - chunk, THREADS) - 1u;",
+    ),
+    (
+        "a fourth of the splits is lost where four merge a row",
+        "combine.wgsl",
+        "d = group_sums[thread % lanes + 3u * lanes];",
+        "d = vec4<f32>(0.0);",
     ),
     ("rows that see nothing divide by 0", "combine.wgsl", "let blind = sum == 0.0;", "let blind = false;"),
     (
@@ -38,7 +44,7 @@ const SHORT: &str = "limits::matrix_paths_are_right_in_short";
 const RANGE: &str = "range::bf16_of_any_size_is_right";
 
 /// The same for matrices, which are emulated: by which path, and in which test.
-const MATRIX_MUTANTS: [(&str, &str, Mutant); 16] = [
+const MATRIX_MUTANTS: [(&str, &str, Mutant); 19] = [
     (
         "emulated-matrix64",
         SHORT,
@@ -50,27 +56,42 @@ const MATRIX_MUTANTS: [(&str, &str, Mutant); 16] = [
         SHORT,
         ("the sum for lse is not rescaled", "matrix.wgsl", "            lse_sum *= factor;\n", ""),
     ),
-    ("emulated-matrix16", SHORT, ("the reference stays where it was", "matrix.wgsl", "highest > top + MOST || ", "")),
-    ("emulated-matrix64", SHORT, ("no mask", "matrix.wgsl", "(token_$i < vec4<u32>(ends[row])) & ", "")),
     (
         "emulated-matrix16",
         SHORT,
-        ("what lies past the end is read", "keys.wgsl", "v & vec4<u32>(present[half + place.token])", "v"),
+        ("the reference stays where it was", "matrix.wgsl", "(highest > top + MOST) | (", "("),
     ),
+    ("emulated-matrix64", SHORT, ("no mask", "matrix.wgsl", "< vec4<u32>(row_end)", "< vec4<u32>(0xffffffffu)")),
     (
         "emulated-matrix16",
         SHORT,
-        ("shares are lost", "matrix.wgsl", "for (var s = 1u; s < STORED_SHARES;", "for (var s = 1u; s < 2u;"),
+        (
+            "what lies past the end is read",
+            "keys.wgsl",
+            "let read = min(token, end - 1u - place.step);",
+            "let read = token;",
+        ),
     ),
+    (
+        "emulated-matrix64",
+        SHORT,
+        ("and in pages of any size", "keys.wgsl", "select(NOWHERE, ckv_at / 8u, exists)", "ckv_at / 8u"),
+    ),
+    ("emulated-matrix16", SHORT, ("shares are lost", "matrix.wgsl", "s < STORED_SHARES;", "s < STORED_SHARES - 1u;")),
     (
         "emulated-matrix64",
         SHORT,
         (
             "a share that is folded is lost",
             "matrix.wgsl",
-            "= plus(score_$s, load_share",
-            "= plus(MatrixC(), load_share",
+            "store_share(plus(chain_$s_0, load_share",
+            "store_share(plus(MatrixC(), load_share",
         ),
+    ),
+    (
+        "emulated-matrix32",
+        SHORT,
+        ("a chain is lost", "matrix.wgsl", "plus(plus(chain_0_0, chain_0_1), chain_0_2)", "plus(chain_0_0, chain_0_1)"),
     ),
     (
         "emulated-matrix32",
@@ -78,21 +99,26 @@ const MATRIX_MUTANTS: [(&str, &str, Mutant); 16] = [
         (
             "a step's keys are those of the step before",
             "matrix.wgsl",
-            "locate(next_page, next_step + thread",
-            "locate(next_page, step + thread",
+            "next_$n = key_vector($nu, next,",
+            "next_$n = key_vector($nu, first,",
         ),
     ),
     (
-        "emulated-matrix32",
+        "emulated-matrix64",
         SHORT,
         (
             "the second 16 tokens' values are the first's",
-            "matrix.wgsl",
+            "values.wgsl",
             "load_values($gu * 16u * PITCH + ",
             "load_values(",
         ),
     ),
-    ("emulated-matrix64", SHORT, ("rows from 32 on have others' weights", "matrix.wgsl", " + $mu / 2u * 32u", "")),
+    ("emulated-matrix16", SHORT, ("pages are not turned", "keys.wgsl", "place.column + u32(over)", "place.column")),
+    (
+        "emulated-matrix64",
+        SHORT,
+        ("rows from 32 on have others' weights", "values.wgsl", " + $mu * 16u / TOKENS * TOKENS", ""),
+    ),
     (
         "emulated-matrix64",
         RANGE,
@@ -109,8 +135,8 @@ const MATRIX_MUTANTS: [(&str, &str, Mutant); 16] = [
         (
             "subnormal numbers are flushed",
             "keys.wgsl",
-            "let converted = halves(read);",
-            "var converted = halves(read);
+            "let converted = halves(v);",
+            "var converted = halves(v);
              for (var i = 0; i < 2; i += 1) {
                  converted[i] = select(converted[i], vec4<f16>(0.0h), abs(converted[i]) < vec4<f16>(0.00006h));
              }",

@@ -23,7 +23,8 @@ const CASES: [Case; 13] = [
     Case { what: "as usual", scale: -3, q: |_, _, x| x, k: |_, _, x| x },
     Case { what: "small keys, large queries", scale: -3, q: |_, _, x| x * two(40), k: |_, _, x| x * two(-40) },
     Case { what: "large keys, small queries", scale: -3, q: |_, _, x| x * two(-60), k: |_, _, x| x * two(60) },
-    Case { what: "keys near 2^-120", scale: 20, q: |_, _, x| x * two(97), k: |_, _, x| x * two(-120) },
+    // Not smaller: below 2^-126 WGSL lets a device take numbers for 0, and the H200 does.
+    Case { what: "keys near 2^-110", scale: 20, q: |_, _, x| x * two(87), k: |_, _, x| x * two(-110) },
     Case { what: "just within", scale: -3, q: |_, _, x| x * two(-15), k: |_, _, x| x * two(15) },
     Case { what: "just beyond", scale: -3, q: |_, _, x| x * two(-17), k: |_, _, x| x * two(17) },
     Case {
