@@ -69,7 +69,7 @@ fn compile(context: &Context, (kernel, path, dtype, build): Key) -> Result<Pipel
         let layout = device.create_bind_group_layout(&::wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
         let module = ::wgpu::ShaderModuleDescriptor { label, source: ::wgpu::ShaderSource::Wgsl(text.into()) };
         // Matrix kernels know shared memory's indices when they are compiled but for the invocation's number and for what is
-        // taken modulo a size, and a check of each costs 10%. On Vulkan that leaves storage to the driver's own checks.
+        // taken modulo a size, and their checks cost 6 to 10%. On Vulkan that leaves storage to the driver's own checks.
         let known = kernel == Kernel::Decode && path.is_matrix() && !path.is_emulated();
         let bounds_checks = !known || context.adapter.backend != ::wgpu::Backend::Vulkan;
         let checks = ::wgpu::ShaderRuntimeChecks {

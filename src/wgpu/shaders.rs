@@ -216,7 +216,7 @@ impl Path {
 pub enum Build {
     /// Any problem.
     Any,
-    /// `Decode` by matrices: [`Path::is_full`], and one window of pages. `Combine`: head_dim_v is a multiple of 4.
+    /// `Decode` by matrices: all columns that the path takes, pages of whole steps, one window of them. `Combine`: head_dim_v is a multiple of 4.
     Full,
     /// `Decode` by [`Path::Subgroups`]: the splits that matrices left, since their numbers do not fit f16.
     Remains,
