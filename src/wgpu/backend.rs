@@ -246,12 +246,6 @@ impl WgpuBackend {
         self.pipelines.get(&self.context, (kernel, path, dtype, if full { Build::Full } else { Build::Any }))
     }
 
-    /// Whether a cache is larger than a binding.
-    fn has_windows(&self, problem: &Problem, inputs: &Inputs<'_>) -> Result<bool> {
-        let pages = run::window_pages(&self.context, problem, &inputs.kv_cache)?;
-        Ok(pages < problem.num_pages() as u64)
-    }
-
     /// The kernel for splits whose numbers do not fit matrices of f16: for bf16 only.
     fn remains(&self, path: Path, problem: &Problem) -> Result<Option<Arc<Pipeline>>> {
         let bf16 = DType::Bf16;
@@ -311,7 +305,7 @@ impl MlaBackend for WgpuBackend {
         inputs.validate(problem, self.info.device)?;
         let (path, of_call) = (self.path(problem), self.path_of_call(problem, inputs));
         // Kernels are compiled here, so that `run` finds them in place.
-        let windows = self.has_windows(problem, inputs)?;
+        let windows = run::has_windows(&self.context, problem, &inputs.kv_cache)?;
         for kernel in [Kernel::Prepare, Kernel::Decode, Kernel::Combine] {
             self.kernel(kernel, of_call, problem, windows)?;
         }
@@ -373,7 +367,7 @@ impl MlaBackend for WgpuBackend {
         }
         let path = self.path_of_call(problem, inputs);
         let remains = self.remains(path, problem)?;
-        let windows = self.has_windows(problem, inputs)?;
+        let windows = run::has_windows(&self.context, problem, &inputs.kv_cache)?;
         let kernel = |kernel| self.kernel(kernel, path, problem, windows);
         let [prepare, decode, combine] = [kernel(Kernel::Prepare)?, kernel(Kernel::Decode)?, kernel(Kernel::Combine)?];
         let kernels = Kernels {

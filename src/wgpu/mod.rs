@@ -10,6 +10,7 @@
 //! | `plan.rs` | the schedule on the device |
 //! | `chunks.rs` | cutting a call so that its tensors fit bindings |
 //! | `run.rs` | a step: bindings and dispatches |
+//! | `submit.rs` | dispatches on their way to the queue |
 //! | `timing.rs` | what the bench needs |
 //! | `backend.rs` | the backend: paths, and the trait |
 //!
@@ -25,6 +26,7 @@ mod pipelines;
 mod plan;
 mod run;
 pub mod shaders;
+mod submit;
 mod timing;
 
 /// The crate whose devices, queues and buffers this backend takes.

@@ -5,7 +5,7 @@ use super::context::Context;
 use super::memory::{Place, USAGE};
 use super::params::{NUM_SPLITS_AT, Params, STATUS_OK};
 use super::pipelines::Pipeline;
-use super::run::{Binding, Dispatch, Uniforms, submit};
+use super::submit::{Binding, Dispatch, Uniforms, submit};
 use crate::error::{MlaError, Result};
 use crate::problem::{BLOCK_TOKENS, Problem};
 use crate::schedule::{PartMetadata, ScheduleOptions, SplitPolicy};
