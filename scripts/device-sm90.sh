@@ -61,6 +61,8 @@ step_tests() {
 60 sm90::bad_tables_and_lengths_mark_their_request_only
 25 large::caches_beyond_four_gibibytes
 20 large::more_than_four_million_accumulator_rows
+30 large::sixty_five_thousand_requests
+60 large::every_device_of_a_machine_in_turns
 60 sm90::schedules_cover_every_block_once
 END
     [ $failures -eq 0 ]

@@ -1,8 +1,8 @@
-//! Sizes beyond 32 bits: bytes and elements of the cache, rows of partial results.
+//! Sizes beyond 32 bits: bytes and elements of the cache, rows of partial results. Many requests; more than one device.
 
 use half::bf16;
-use polymla::conformance::random::{Limits, random_call};
-use polymla::conformance::{Call, Layout, compare};
+use polymla::conformance::random::{Limits, random_call, random_options};
+use polymla::conformance::{Call, Layout, check_with, compare};
 use polymla::cuda::Stream;
 use polymla::cuda::sm90::Sm90Backend;
 use polymla::{
@@ -14,6 +14,15 @@ use crate::device::{Placed, Results, backend, rebuilt};
 
 /// Elements beyond which an offset no longer fits 32 bits, signed.
 const TWO_GIGA: usize = 1 << 31;
+
+fn values(seed: u64, count: usize) -> Vec<bf16> {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    (0..count).map(|_| bf16::from_f32(2.0 * rng.f32() - 1.0)).collect()
+}
+
+fn host<'a, T: polymla::Element>(name: &'static str, data: &'a [T], shape: &[usize]) -> TensorView<'a> {
+    TensorView::from_slice(name, data, shape).expect("a view")
+}
 
 #[test]
 fn caches_beyond_four_gibibytes() {
@@ -84,21 +93,13 @@ fn more_than_four_million_accumulator_rows() {
     let (b, h_q, d_k, d_v, page, blocks) = (128usize, 16usize, 576usize, 512usize, 64usize, 520usize);
     assert!(b * blocks * 64 > 4_200_000);
     let problem = Problem::builder(b).h_q(h_q).num_pages(blocks).max_pages_per_seq(blocks).build().expect("problem");
-    let mut state = 1u64;
-    let mut random = move || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        bf16::from_f32(((state >> 40) as f32 / 16_777_216.0 - 0.5) * 2.0)
-    };
-    let one: Vec<bf16> = (0..h_q * d_k).map(|_| random()).collect();
+    let one = values(1, h_q * d_k);
     let q = one.repeat(b);
-    let k: Vec<bf16> = (0..blocks * page * d_k).map(|_| random()).collect();
+    let k = values(2, blocks * page * d_k);
     let row: Vec<i32> = (0..blocks as i32).rev().collect();
     let table = row.repeat(b);
     let lengths = vec![(blocks * page) as i32; b];
     let (q_shape, k_shape) = ([b, 1, h_q, d_k], [blocks, page, 1, d_k]);
-    fn host<'a, T: polymla::Element>(name: &'static str, data: &'a [T], shape: &[usize]) -> TensorView<'a> {
-        TensorView::from_slice(name, data, shape).expect("a view")
-    }
     let single = rebuilt(&problem, 1, blocks);
     let expected = polymla::reference::decode(
         &single,
@@ -137,4 +138,85 @@ fn more_than_four_million_accumulator_rows() {
         assert!(out[request * h_q * d_v..][..h_q * d_v] == *first, "request {request} differs from request 0");
         assert!(lse[request * h_q..][..h_q] == lse[..h_q], "request {request}: lse differs from request 0");
     }
+}
+
+#[test]
+fn sixty_five_thousand_requests() {
+    let Some(backend) = backend::<Sm90Backend>() else { return };
+    // They differ by their lengths only, so that a reference for each length serves them all.
+    let (b, d_k, d_v, page, columns, lengths) = (65_536usize, 576usize, 512usize, 64usize, 3usize, 131usize);
+    let (one, k) = (values(3, d_k), values(4, columns * page * d_k));
+    let row: Vec<i32> = (0..columns as i32).rev().collect();
+    let length_of = |request: usize| (request * 37 % lengths) as i32;
+    let decode = |b: usize, length_of: &dyn Fn(usize) -> i32, out: &mut [bf16], lse: &mut [f32]| {
+        let problem =
+            Problem::builder(b).h_q(1).num_pages(columns).max_pages_per_seq(columns).build().expect("problem");
+        let (q, table) = (one.repeat(b), row.repeat(b));
+        let lens: Vec<i32> = (0..b).map(length_of).collect();
+        let inputs = Inputs {
+            query: Query::Fused(host("q", &q, &[b, 1, 1, d_k])),
+            kv_cache: KvCache::Fused(host("k_cache", &k, &[columns, page, 1, d_k])),
+            block_table: host("block_table", &table, &[b, columns]),
+            cache_seqlens: host("cache_seqlens", &lens, &[b]),
+            visible_lengths: None,
+        };
+        if b == lengths {
+            return Some(polymla::reference::decode(&problem, &inputs).expect("reference"));
+        }
+        let mut outputs = Outputs {
+            out: TensorViewMut::from_slice("out", out, &[b, 1, 1, d_v]).expect("a view"),
+            lse: TensorViewMut::from_slice("lse", lse, &[b, 1, 1]).expect("a view"),
+        };
+        let options = ScheduleOptions::default();
+        polymla::HostBackend::decode(&backend, &problem, &options, &inputs, &mut outputs).expect("decode");
+        None
+    };
+    let expected = decode(lengths, &|length| length as i32, &mut [], &mut []).expect("the reference");
+    let (mut out, mut lse) = (vec![bf16::NAN; b * d_v], vec![f32::NAN; b]);
+    decode(b, &length_of, &mut out, &mut lse);
+    for (request, (out, lse)) in out.chunks_exact(d_v).zip(&lse).enumerate() {
+        let length = length_of(request) as usize;
+        for (value, wanted) in out.iter().zip(&expected.0[length * d_v..]) {
+            let (value, allowed) = (value.to_f64(), 2e-3f64.max(wanted.abs() * 2.01 / 128.0));
+            assert!((value - wanted).abs() <= allowed, "request {request}: {value}, not {wanted}");
+        }
+        let wanted = expected.1[length];
+        assert!(
+            f64::from(*lse) == wanted || (f64::from(*lse) - wanted).abs() <= 1e-4,
+            "request {request}: lse {lse}, not {wanted}"
+        );
+    }
+}
+
+#[test]
+fn every_device_of_a_machine_in_turns() {
+    if backend::<Sm90Backend>().is_none() {
+        return;
+    }
+    let backends: Vec<_> = (0..).map_while(|ordinal| Sm90Backend::with_device(ordinal).ok()).collect();
+    if backends.len() < 2 {
+        eprintln!("SKIPPED: this machine has {} device of compute capability 9.0, and 2 are needed", backends.len());
+        return;
+    }
+    // Whichever context was current last, each call has to work in its own.
+    for seed in 0..40 {
+        let call = random_call(seed, &Limits::deepseek()).expect("a valid problem");
+        for backend in &backends {
+            let outcome = check_with(backend, &call, Layout::Given, &random_options(seed));
+            let name = &MlaBackend::info(backend).device_name;
+            assert!(outcome.passed(), "{} on {name}: {}", call.name, outcome.failure());
+        }
+    }
+    // And from several threads at once.
+    std::thread::scope(|scope| {
+        for backend in &backends {
+            scope.spawn(move || {
+                for seed in 40..60 {
+                    let call = random_call(seed, &Limits::deepseek()).expect("a valid problem");
+                    let outcome = check_with(backend, &call, Layout::Given, &random_options(seed));
+                    assert!(outcome.passed(), "{}: {}", call.name, outcome.failure());
+                }
+            });
+        }
+    });
 }
