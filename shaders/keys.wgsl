@@ -146,9 +146,7 @@ fn store_vector(row: u32, vector: u32, v: array<vec4<f16>, 2>) {
 fn store_key(n: u32, place: Place, end: u32, thread: u32, v: vec4<u32>) {
     let converted = halves(v);
 //#if BF16
-    if place.step < end {
-        note_range(v, converted, in_v(n, thread));
-    }
+    note_range(v, place.step < end, in_v(n, thread));
 //#endif
     store_vector(token_of(n, thread), vector_of(n, thread), converted);
 }

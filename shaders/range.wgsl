@@ -13,17 +13,19 @@
 // all together; the largest query element.
 var<workgroup> largest: array<atomic<u32>, 4>;
 var<workgroup> largest_norm: array<atomic<u32>, 4>;     // in the first, the largest sum of a query row's elements
-var<private> largest_value: vec4<f16>;  // that this invocation has seen, of V
-var<private> largest_rope: vec4<f16>;   // and of other columns
+var<private> largest_value: f32;        // that this invocation has seen, of V
+var<private> largest_rope: f32;         // and of other columns
 var<private> words: u32;                // all words of V
 
-fn note_range(read: vec4<u32>, converted: array<vec4<f16>, 2>, in_v: bool) {
-    let both_largest = max(abs(converted[0]), abs(converted[1]));
+// Counts eight elements in, where they are of a step that there is. Without a branch: keys.wgsl says why.
+fn note_range(v: vec4<u32>, exists: bool, in_v: bool) {
+    let pair = max(max(abs(both(v.x)), abs(both(v.y))), max(abs(both(v.z)), abs(both(v.w))));
+    let most = select(0.0, max(pair.x, pair.y), exists);
     if in_v {
-        largest_value = max(largest_value, both_largest);
-        words |= read.x | read.y | read.z | read.w;
+        largest_value = max(largest_value, most);
+        words |= select(0u, v.x | v.y | v.z | v.w, exists);
     } else {
-        largest_rope = max(largest_rope, both_largest);
+        largest_rope = max(largest_rope, most);
     }
 }
 
@@ -38,28 +40,26 @@ fn largest_of(v: vec4<f32>) -> f32 {
 
 // What the tile's queries are multiplied by.
 fn measure_queries(row: u32, lane: u32, thread: u32) -> f32 {
-    largest_value = vec4<f16>(0.0h);
-    largest_rope = vec4<f16>(0.0h);
+    largest_value = 0.0;
+    largest_rope = 0.0;
     words = 0u;
     if thread < 4u {
         atomicStore(&largest[thread], 0u);
         atomicStore(&largest_norm[thread], 0u);
     }
     workgroupBarrier();
-    {
-        var most = 0.0;
-        var norm = 0.0;
-        for (var vector = lane; vector < VECTORS; vector += LANES) {
-            let v = query_vector(row, vector);
-            let a = abs(vec4<f32>(both(v.x), both(v.y)));
-            let b = abs(vec4<f32>(both(v.z), both(v.w)));
-            most = max(most, largest_of(max(a, b)));
-            norm += a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w;
-        }
-        atomicMax(&largest[3], bitcast<u32>(most));
-        // Of a lane; LANES times the largest is not below the row's.
-        atomicMax(&largest_norm[0], bitcast<u32>(norm));
+    var most = 0.0;
+    var norm = 0.0;
+    for (var vector = lane; vector < VECTORS; vector += LANES) {
+        let v = query_vector(row, vector);
+        let a = abs(vec4<f32>(both(v.x), both(v.y)));
+        let b = abs(vec4<f32>(both(v.z), both(v.w)));
+        most = max(most, largest_of(max(a, b)));
+        norm += a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w;
     }
+    atomicMax(&largest[3], bitcast<u32>(most));
+    // Of a lane; LANES times the largest is not below the row's.
+    atomicMax(&largest_norm[0], bitcast<u32>(norm));
     workgroupBarrier();
     let exponent = i32(atomicLoad(&largest[3]) >> 23u) - 127;
     return bitcast<f32>(u32(clamp(14 - exponent, -100, 100) + 127) << 23u);
@@ -67,8 +67,8 @@ fn measure_queries(row: u32, lane: u32, thread: u32) -> f32 {
 
 // Whether the results of the split can be used.
 fn range_fits(thread: u32) -> bool {
-    atomicMax(&largest[1], bitcast<u32>(largest_of(vec4<f32>(largest_value))));
-    atomicMax(&largest[0], bitcast<u32>(largest_of(max(vec4<f32>(largest_value), vec4<f32>(largest_rope)))));
+    atomicMax(&largest[1], bitcast<u32>(largest_value));
+    atomicMax(&largest[0], bitcast<u32>(max(largest_value, largest_rope)));
     atomicOr(&largest[2], words);
     workgroupBarrier();
     let key = bitcast<f32>(atomicLoad(&largest[0]));
