@@ -26,6 +26,7 @@ namespace polymla {
 // Has one line of the parameters brought into the constant cache. A miss later, behind the first burst of
 // KV loads, costs two microseconds; there were several.
 PM_DEV void touch(const DecodeParams& p, u32 warp) {
+#ifndef POLYMLA_EMULATED
     switch (warp % 6) {
         case 0: asm volatile("" ::"l"(p.q_nope_stride_b)); break;
         case 1: asm volatile("" ::"l"(p.ckv)); break;
@@ -34,6 +35,7 @@ PM_DEV void touch(const DecodeParams& p, u32 warp) {
         case 4: asm volatile("" ::"l"(p.partial_out), "r"(p.s_q)); break;
         case 5: asm volatile("" ::"f"(p.scale_log2)); break;
     }
+#endif
 }
 
 // Arrivals of the barriers from Smem::full on, a byte each, eight in a word.

@@ -87,7 +87,7 @@ PM_DEV void prefetch_table(const DecodeParams& p, const PartMeta& part) {
     const int req = part.begin_req;
     const i64 at = i64(max(part.begin_block, 0)) * BLOCK / p.page_size + threadIdx.x % 32;
     if (req >= 0 && req < p.b && at < p.max_pages_per_seq)
-        asm volatile("prefetch.global.L1 [%0];" ::"l"(p.block_table + i64(req) * p.block_table_stride_b + at));
+        prefetch_l1(p.block_table + i64(req) * p.block_table_stride_b + at);
 }
 
 // Bytes of the boxes of `groups` times 64 columns of this CTA's M tile.

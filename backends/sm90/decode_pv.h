@@ -54,17 +54,7 @@ struct PvWarpgroup {
         char *first = to + at * 16, *rest = to + PARTIAL_REST + at * 8;
 #pragma unroll
         for (u32 i = 0; i < CHUNKS / 2; ++i) {
-            // One statement, because ptxas would make all chunks' words first, and spill.
-            const float* v = &o[i / 8][i % 8 * 8];
-            asm volatile(
-                "{\n .reg .b32 a, b, c, d, e, f;\n"
-                " prmt.b32 a, %2, %7, 0x3215;\n prmt.b32 b, %3, %7, 0x3216;\n prmt.b32 c, %6, %7, 0x3217;\n"
-                " prmt.b32 d, %4, %9, 0x3215;\n prmt.b32 e, %5, %9, 0x3216;\n prmt.b32 f, %8, %9, 0x3217;\n"
-                " st.global.v4.b32 [%0], {a, b, c, d};\n"
-                " st.global.v2.b32 [%1], {e, f};\n}\n" ::"l"(first + i * 512), "l"(rest + i * 256), "r"(__float_as_uint(v[0])),
-                "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])), "r"(__float_as_uint(v[3])), "r"(__float_as_uint(v[4])),
-                "r"(__float_as_uint(v[5])), "r"(__float_as_uint(v[6])), "r"(__float_as_uint(v[7]))
-                : "memory");
+            partial_store(first + i * 512, rest + i * 256, &o[i / 8][i % 8 * 8]);
         }
     }
 

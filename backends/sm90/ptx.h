@@ -6,6 +6,15 @@
 #include "params.h"
 
 namespace polymla {
+struct Bf16 {};
+struct F16 {};
+}  // namespace polymla
+
+#ifdef POLYMLA_EMULATED     // the same on a CPU: tests/sm90
+#include POLYMLA_EMULATED
+#else
+
+namespace polymla {
 
 #define PM_DEV __device__ __forceinline__
 
@@ -230,6 +239,7 @@ PM_DEV void tma_multicast_5d(u32 dst, const TensorMap* map, u32 bar, int c1, int
         : "memory");
 }
 
+PM_DEV void prefetch_l1(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 PM_DEV void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // ---- cp.async -------------------------------------------------------------------
@@ -275,6 +285,76 @@ PM_DEV void st_shared_v4(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// ---- 16-bit conversions --------------------------------------------------------------
+template <class Elem>
+PM_DEV u32 pack2(float lo, float hi);
+template <>
+PM_DEV u32 pack2<Bf16>(float lo, float hi) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+template <>
+PM_DEV u32 pack2<F16>(float lo, float hi) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+
+// Packing and storing in one statement each, because ptxas would pack all accumulators first, and spill: two neighbouring 8 x 8
+// blocks of 16 rows to shared memory; two values to different places.
+template <class Elem>
+PM_DEV void stmatrix_packed(u32 addr, const float* v);
+template <class Elem>
+PM_DEV void scatter2(u16* dst, i64 apart, float lo, float hi);
+#define PM_STORE_PACKED(ELEM, CVT)                                                                                          \
+    template <>                                                                                                            \
+    PM_DEV void stmatrix_packed<ELEM>(u32 addr, const float* v) {                                                          \
+        asm volatile("{\n .reg .b32 a, b, c, d;\n " CVT " a, %2, %1;\n " CVT " b, %4, %3;\n " CVT " c, %6, %5;\n " CVT        \
+                     " d, %8, %7;\n stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {a, b, c, d};\n}\n" ::"r"(addr),        \
+                     "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "f"(v[4]), "f"(v[5]), "f"(v[6]), "f"(v[7])                 \
+                     : "memory");                                                                                          \
+    }                                                                                                                      \
+    template <>                                                                                                            \
+    PM_DEV void scatter2<ELEM>(u16* dst, i64 apart, float lo, float hi) {                                                  \
+        asm volatile("{\n .reg .b32 w;\n .reg .b16 a, b;\n " CVT " w, %3, %2;\n mov.b32 {a, b}, w;\n"                       \
+                     " st.global.b16 [%0], a;\n st.global.b16 [%1], b;\n}\n" ::"l"(dst), "l"(dst + apart), "f"(lo), "f"(hi) \
+                     : "memory");                                                                                          \
+    }
+PM_STORE_PACKED(Bf16, "cvt.rn.bf16x2.f32")
+PM_STORE_PACKED(F16, "cvt.rn.f16x2.f32")
+#undef PM_STORE_PACKED
+
+// Shared-memory loads and stores by 32-bit address.
+PM_DEV int ld_shared(u32 addr) {
+    int v;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
+    return v;
+}
+PM_DEV float ld_shared_f(u32 addr) { return __int_as_float(ld_shared(addr)); }
+PM_DEV void st_shared(u32 addr, int v) { asm volatile("st.shared.s32 [%0], %1;" ::"r"(addr), "r"(v) : "memory"); }
+PM_DEV void st_shared_f(u32 addr, float v) { st_shared(addr, __float_as_int(v)); }
+PM_DEV int ld_shared_i8(u32 addr) {
+    int v;
+    asm volatile("ld.shared.s8 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
+    return v;
+}
+PM_DEV void st_shared_i8(u32 addr, int v) { asm volatile("st.shared.s8 [%0], %1;" ::"r"(addr), "r"(v) : "memory"); }
+
+// Eight values of a piece, packed and stored (tile.h): 16 bytes and 8.
+PM_DEV void partial_store(char* first, char* rest, const float* v) {
+    // One statement, because ptxas would make all chunks' words first, and spill.
+    asm volatile(
+        "{\n .reg .b32 a, b, c, d, e, f;\n"
+        " prmt.b32 a, %2, %7, 0x3215;\n prmt.b32 b, %3, %7, 0x3216;\n prmt.b32 c, %6, %7, 0x3217;\n"
+        " prmt.b32 d, %4, %9, 0x3215;\n prmt.b32 e, %5, %9, 0x3216;\n prmt.b32 f, %8, %9, 0x3217;\n"
+        " st.global.v4.b32 [%0], {a, b, c, d};\n"
+        " st.global.v2.b32 [%1], {e, f};\n}\n" ::"l"(first), "l"(rest), "r"(__float_as_uint(v[0])),
+        "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])), "r"(__float_as_uint(v[3])), "r"(__float_as_uint(v[4])),
+        "r"(__float_as_uint(v[5])), "r"(__float_as_uint(v[6])), "r"(__float_as_uint(v[7]))
+        : "memory");
+}
+
 // ---- wgmma -------------------------------------------------------------------------
 
 PM_DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -290,3 +370,5 @@ PM_DEV void fence_regs(float (&r)[N]) {
 }
 
 }  // namespace polymla
+
+#endif

@@ -79,62 +79,6 @@ PM_DEV Desc desc_n_major(u32 addr, u32 apart) { return Desc{(apart >> 4) << 16 |
 // The query position that packed row `row` belongs to; the rest of the division is its head.
 PM_DEV int query_of(const DecodeParams& p, int row) { return p.heads_magic ? int(__umulhi(u32(row), p.heads_magic)) : row; }
 
-// ---- 16-bit conversions --------------------------------------------------------------
-template <class Elem>
-PM_DEV u32 pack2(float lo, float hi);
-template <>
-PM_DEV u32 pack2<Bf16>(float lo, float hi) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-}
-template <>
-PM_DEV u32 pack2<F16>(float lo, float hi) {
-    u32 r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-}
-
-// Packing and storing in one statement each, because ptxas would pack all accumulators first, and spill: two neighbouring 8 x 8
-// blocks of 16 rows to shared memory; two values to different places.
-template <class Elem>
-PM_DEV void stmatrix_packed(u32 addr, const float* v);
-template <class Elem>
-PM_DEV void scatter2(u16* dst, i64 apart, float lo, float hi);
-#define PM_STORE_PACKED(ELEM, CVT)                                                                                          \
-    template <>                                                                                                            \
-    PM_DEV void stmatrix_packed<ELEM>(u32 addr, const float* v) {                                                          \
-        asm volatile("{\n .reg .b32 a, b, c, d;\n " CVT " a, %2, %1;\n " CVT " b, %4, %3;\n " CVT " c, %6, %5;\n " CVT        \
-                     " d, %8, %7;\n stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {a, b, c, d};\n}\n" ::"r"(addr),        \
-                     "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "f"(v[4]), "f"(v[5]), "f"(v[6]), "f"(v[7])                 \
-                     : "memory");                                                                                          \
-    }                                                                                                                      \
-    template <>                                                                                                            \
-    PM_DEV void scatter2<ELEM>(u16* dst, i64 apart, float lo, float hi) {                                                  \
-        asm volatile("{\n .reg .b32 w;\n .reg .b16 a, b;\n " CVT " w, %3, %2;\n mov.b32 {a, b}, w;\n"                       \
-                     " st.global.b16 [%0], a;\n st.global.b16 [%1], b;\n}\n" ::"l"(dst), "l"(dst + apart), "f"(lo), "f"(hi) \
-                     : "memory");                                                                                          \
-    }
-PM_STORE_PACKED(Bf16, "cvt.rn.bf16x2.f32")
-PM_STORE_PACKED(F16, "cvt.rn.f16x2.f32")
-#undef PM_STORE_PACKED
-
-// Shared-memory loads and stores by 32-bit address.
-PM_DEV int ld_shared(u32 addr) {
-    int v;
-    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
-    return v;
-}
-PM_DEV float ld_shared_f(u32 addr) { return __int_as_float(ld_shared(addr)); }
-PM_DEV void st_shared(u32 addr, int v) { asm volatile("st.shared.s32 [%0], %1;" ::"r"(addr), "r"(v) : "memory"); }
-PM_DEV void st_shared_f(u32 addr, float v) { st_shared(addr, __float_as_int(v)); }
-PM_DEV int ld_shared_i8(u32 addr) {
-    int v;
-    asm volatile("ld.shared.s8 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
-    return v;
-}
-PM_DEV void st_shared_i8(u32 addr, int v) { asm volatile("st.shared.s8 [%0], %1;" ::"r"(addr), "r"(v) : "memory"); }
-
 // ---- segments ------------------------------------------------------------------------
 // A segment is one request's blocks [begin, end) within a part. The walker writes them as records
 // into a ring in shared memory; each role reads what it needs. Without blocks nothing is loaded or multiplied, but

@@ -14,9 +14,6 @@
 
 namespace polymla {
 
-struct Bf16 {};
-struct F16 {};
-
 // A matrix descriptor in two words. Steps only move the address, in the lower one: 64-bit sums would cost four more instructions
 // each, and instructions that run for the first time are slow to come.
 struct Desc {
@@ -33,6 +30,7 @@ PM_DEV void qk_step_shared(float (&d)[32], Desc q, Desc k);
 template <class Elem>
 PM_DEV void pv_step(float (&d)[64], Desc p, Desc v, int accumulate);
 
+#ifndef POLYMLA_EMULATED
 // One body for both element types; %n are the accumulators, then the operands.
 #define PM_WGMMA(ELEM, TYPE)                                                                                      \
     template <>                                                                                                   \
@@ -88,5 +86,6 @@ PM_DEV void pv_step(float (&d)[64], Desc p, Desc v, int accumulate);
 PM_WGMMA(Bf16, "bf16")
 PM_WGMMA(F16, "f16")
 #undef PM_WGMMA
+#endif
 
 }  // namespace polymla
