@@ -272,6 +272,8 @@ struct QkWarpgroup {
             } else {
                 mbar_wait(smem + Smem::full_q, seg & 1);
             }
+            // Without blocks nothing else keeps this lane from getting two phases ahead of another's wait above.
+            __syncwarp();
             if (opaque(threadIdx.x) % 32 == 0) mbar_arrive(smem + Smem::done_q);
             l[0] += __shfl_xor_sync(0xffffffffu, l[0], 1);
             l[1] += __shfl_xor_sync(0xffffffffu, l[1], 1);
