@@ -8,7 +8,10 @@
 //! | `run.rs` | one step: parameters, workspace, launches |
 //! | `maps.rs` | tensor maps of the KV cache |
 //! | `params.rs` | the kernels' parameters, mirrored |
+//! | `emulated.rs` | tests: the same kernels on a CPU |
 
+#[cfg(all(test, feature = "conformance", target_os = "linux", target_arch = "x86_64"))]
+mod emulated;
 mod maps;
 mod params;
 mod plan;

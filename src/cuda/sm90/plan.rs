@@ -17,7 +17,7 @@ use crate::tensor::TensorView;
 pub(super) const FAILURE: &str = "its length or a block-table entry it uses is out of range";
 
 /// Most parts: what the schedule and combine kernels keep track of.
-const MAX_PARTS: (usize, &str) = (1024, "1..=1024");
+pub(super) const MAX_PARTS: (usize, &str) = (1024, "1..=1024");
 
 /// An overhead beyond any request, where splitting never pays.
 const MAX_OVERHEAD_BLOCKS: u32 = 1 << 26;
@@ -58,18 +58,7 @@ impl Sm90Schedule {
         stream: Stream,
     ) -> Result<()> {
         self.memory.again(problem, cache_seqlens, stream, |plan, at, cache_seqlens| {
-            let page_size = problem.page_size().min(i32::MAX as usize) as i32;
-            let mut params = ScheduleParams {
-                cache_seqlens,
-                parts: at.parts,
-                num_splits: at.num_splits,
-                scratch: at.scratch,
-                b: problem.b() as i32,
-                num_parts: plan.num_parts() as i32,
-                max_len: usable_pages_per_seq(problem).saturating_mul(page_size),
-                fixed_split_blocks: plan.fixed_split_blocks(),
-                ..costs(plan.policy())
-            };
+            let mut params = schedule_params(problem, plan, &at, cache_seqlens);
             let launch = Launch::row(kernel, 1, SCHEDULE_THREADS, true)?;
             // SAFETY: the kernel's one parameter. It reads b lengths, which the view vouches for, and writes the three
             // arrays of this schedule, which have room for at least b requests.
@@ -77,9 +66,9 @@ impl Sm90Schedule {
         })
     }
 
-    /// Blocks a split in batch-invariant mode, 0 otherwise.
-    pub(super) fn fixed_split_blocks(&self) -> i32 {
-        self.memory.plan().fixed_split_blocks()
+    /// How it cuts what.
+    pub(super) fn shape(&self) -> &Plan {
+        self.memory.plan()
     }
 
     /// What the decode kernels read: `parts`, `num_splits`, the split requests as `scratch`, the status word.
@@ -101,22 +90,8 @@ impl Sm90Schedule {
         self.memory.plan().check(problem)
     }
 
-    /// Slots of partial results that a run may write: known without the lengths, so an upper bound.
-    fn slots(&self, problem: &Problem) -> usize {
-        let plan = self.memory.plan();
-        match plan.policy() {
-            // A part shares at most its first and its last request with others.
-            SplitPolicy::Balanced { .. } => 2 * plan.num_parts(),
-            SplitPolicy::BatchInvariant { split_blocks } => {
-                plan.capacity().saturating_mul(Plan::max_fixed_splits(problem, split_blocks))
-            }
-        }
-    }
-
-    /// Bytes of the partial outputs, then of what there is about their rows.
     pub(super) fn workspace_layout(&self, problem: &Problem) -> (usize, usize) {
-        let tiles = self.slots(problem).saturating_mul(m_tiles(problem)).saturating_mul(problem.h_kv());
-        (tiles.saturating_mul(SLOT_OUT_BYTES), tiles.saturating_mul(SLOT_ROWS_BYTES))
+        workspace_layout(problem, self.memory.plan())
     }
 
     pub(super) fn workspace_bytes(&self, problem: &Problem) -> usize {
@@ -142,6 +117,44 @@ impl Sm90Schedule {
     pub fn to_host(&self) -> Result<HostPlan> {
         self.memory.to_host()
     }
+}
+
+/// What the schedule kernel is told.
+pub(super) fn schedule_params(
+    problem: &Problem,
+    plan: &Plan,
+    at: &PlanAddresses,
+    cache_seqlens: u64,
+) -> ScheduleParams {
+    let page_size = problem.page_size().min(i32::MAX as usize) as i32;
+    ScheduleParams {
+        cache_seqlens,
+        parts: at.parts,
+        num_splits: at.num_splits,
+        scratch: at.scratch,
+        b: problem.b() as i32,
+        num_parts: plan.num_parts() as i32,
+        max_len: usable_pages_per_seq(problem).saturating_mul(page_size),
+        fixed_split_blocks: plan.fixed_split_blocks(),
+        ..costs(plan.policy())
+    }
+}
+
+/// Slots of partial results that a run may write: known without the lengths, so an upper bound.
+fn slots(problem: &Problem, plan: &Plan) -> usize {
+    match plan.policy() {
+        // A part shares at most its first and its last request with others.
+        SplitPolicy::Balanced { .. } => 2 * plan.num_parts(),
+        SplitPolicy::BatchInvariant { split_blocks } => {
+            plan.capacity().saturating_mul(Plan::max_fixed_splits(problem, split_blocks))
+        }
+    }
+}
+
+/// Bytes of the partial outputs, then of what there is about their rows.
+pub(super) fn workspace_layout(problem: &Problem, plan: &Plan) -> (usize, usize) {
+    let tiles = slots(problem, plan).saturating_mul(m_tiles(problem)).saturating_mul(problem.h_kv());
+    (tiles.saturating_mul(SLOT_OUT_BYTES), tiles.saturating_mul(SLOT_ROWS_BYTES))
 }
 
 /// The request that a status word names.

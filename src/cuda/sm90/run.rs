@@ -11,7 +11,7 @@ use super::variant::{Form, TILE_M, Variant, m_tiles, q_box_rows};
 use super::{NAME, Sm90Backend};
 use crate::backend::Unsupported;
 use crate::call::{Inputs, KvCache, Outputs, Query};
-use crate::device::{Launch, Stream, usable_pages_per_seq};
+use crate::device::{Launch, Plan, PlanAddresses, Stream, usable_pages_per_seq};
 use crate::error::{MlaError, Result};
 use crate::problem::{BLOCK_TOKENS, Mask, Problem};
 use crate::tensor::TensorView;
@@ -115,7 +115,7 @@ impl Sm90Backend {
         outputs.validate(problem, inputs, self.info.device)?;
         schedule.check(problem)?;
         let (partial_out, partial_rows) = self.partials(problem, schedule, workspace)?;
-        let mut params = params(problem, schedule, inputs, outputs)?;
+        let mut params = params(problem, schedule.shape(), &schedule.addresses(), inputs, outputs)?;
         (params.partial_out, params.partial_rows) = (partial_out, partial_rows);
         if problem.rows() == 0 {
             return Ok(());
@@ -212,9 +212,10 @@ fn heads_magic(heads: usize) -> u32 {
 }
 
 /// What the kernels are told, but for the workspace.
-fn params(
+pub(super) fn params(
     problem: &Problem,
-    schedule: &Sm90Schedule,
+    plan: &Plan,
+    at: &PlanAddresses,
     inputs: &Inputs<'_>,
     outputs: &Outputs<'_>,
 ) -> Result<DecodeParams> {
@@ -227,7 +228,6 @@ fn params(
         KvCache::Split { ckv, kpe } => rows_apart(problem, ("ckv", ckv), Some(("kpe", kpe.as_ref())))?,
     };
     let (out, lse) = (outputs.out.as_view(), outputs.lse.as_view());
-    let plan = schedule.addresses();
     let address = |view: &TensorView<'_>| view.address().unwrap_or(0);
     let aligned = address(&out).is_multiple_of(ROW_ALIGN)
         && out.strides()[3] == 1
@@ -252,22 +252,22 @@ fn params(
         lse: address(&lse),
         // The contract's order is b, h_q, s_q, as here.
         lse_strides: signed(lse.strides()),
-        parts: plan.parts,
-        num_splits: plan.num_splits,
-        owners: plan.scratch,
-        status: plan.status,
+        parts: at.parts,
+        num_splits: at.num_splits,
+        owners: at.scratch,
+        status: at.status,
         b: problem.b() as i32,
         s_q: problem.s_q() as i32,
         h_q: problem.h_q() as i32,
         h_kv: problem.h_kv() as i32,
         heads_per_kv: problem.heads_per_kv() as i32,
         m_tiles: m_tiles(problem) as i32,
-        num_parts: schedule.num_parts() as i32,
+        num_parts: plan.num_parts() as i32,
         page_size: problem.page_size() as i32,
         num_pages: problem.num_pages() as i32,
         max_pages_per_seq: usable_pages_per_seq(problem),
         causal: i32::from(problem.mask() == Mask::Causal),
-        fixed_split_blocks: schedule.fixed_split_blocks(),
+        fixed_split_blocks: plan.fixed_split_blocks(),
         flags: if aligned { FLAG_OUT_VEC16 } else { 0 },
         heads_magic: heads_magic(problem.heads_per_kv()),
         q_box_rows: q_box_rows(problem).unwrap_or(TILE_M as u32) as i32,
