@@ -65,8 +65,8 @@ fn build() -> PathBuf {
     for file in &files {
         fs::read(file).expect("a source").hash(&mut hasher);
     }
-    let dir = std::env::temp_dir().join("polymla-sm90-emulated");
-    fs::create_dir_all(&dir).expect("a folder for the library");
+    let dir = Path::new(concat!(env!("OUT_DIR"), "/sm90-emulated"));
+    fs::create_dir_all(dir).expect("a folder for the library");
     let path = dir.join(format!("{:016x}.so", hasher.finish()));
     if path.exists() {
         return path;
