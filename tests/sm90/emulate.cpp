@@ -51,6 +51,7 @@ struct Fiber {
     u32 cta;
     const void* blocked;        // what it waits for, for the report
     std::vector<Product> unissued;
+    u32 issued;
 };
 struct Bar { u32 count = 0, pending = 0, parity = 0; i64 bytes = 0; std::vector<int> waiting; };
 struct Meeting { u32 arrived = 0, expected = 0, turn = 0; bool any = false, result[2]; std::vector<int> waiting; };
@@ -75,7 +76,7 @@ Meeting cluster;
 dim grid_size;
 int current;
 u32 finished;
-u64 random_state = 88172645463325252ull;
+u64 random_state = 88172645463325252ull, early;
 jmp_buf scheduler;
 void (*kernel)(const void*);
 const void* arguments;
@@ -189,13 +190,14 @@ void launch(dim grid, u32 threads, u32 in_cluster, void (*k)(const void*), const
             for (u32 x = 0; x < grid.x; x += in_cluster) {
                 ctas = std::vector<Cta>(in_cluster);
                 cluster = Meeting();
+                early = next();
                 for (u32 c = 0; c < in_cluster; ++c) {
                     ctas[c].block = {x + c, y, z};
                     ctas[c].shared = c ? polymla::second_cta : polymla::smem_raw;
                     std::memset(ctas[c].shared, 0xff, SHARED);
                     for (u32 t = 0; t < threads; ++t) {
                         Fiber& f = fibers[c * threads + t];
-                        f.index = {t, 0, 0}, f.cta = c, f.blocked = nullptr;
+                        f.index = {t, 0, 0}, f.cta = c, f.blocked = nullptr, f.issued = 0;
                         f.unissued.clear();
                     }
                 }
@@ -339,7 +341,9 @@ void load_box(u32 dst, const polymla::TensorMap* map, u32 bar, int c1, int c2, i
 }
 void issue(const Product& p) {
     me().unissued.push_back(p);
-    if (p.a_high == 0) products_done();     // its operand is in registers, which the caller may change
+    // At once or when it is waited for; all threads of a warpgroup count alike. An operand in registers may change after this.
+    const bool now = (++me().issued * 2654435761u ^ u32(early)) >> 7 & 1;
+    if (p.a_high == 0 || now) products_done();
 }
 void products_done() {
     // All of them in order; sooner or later is the same for whoever waits.
