@@ -209,7 +209,8 @@ fn small() -> Limits {
 fn random_problems() {
     let backend = Emulated::open();
     let mut failures = Vec::new();
-    for seed in 0..60 {
+    let count = std::env::var("POLYMLA_TEST_RANDOM").ok().and_then(|n| n.parse().ok()).unwrap_or(60);
+    for seed in 0..count {
         let call = random_call(seed, &small()).expect("a valid problem");
         let outcome = check_with(&backend, &call, Layout::Given, &random_options(seed));
         if !outcome.passed() {
