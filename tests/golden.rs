@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use polymla::conformance::{LAYOUTS, POLICIES, check, golden};
+use polymla::conformance::{LAYOUTS, check_call, golden};
 
 mod common;
 
@@ -20,15 +20,12 @@ fn golden_files() {
             if !common::takes(backend.as_ref(), &call.problem) {
                 continue;
             }
-            for layout in LAYOUTS {
-                for policy in POLICIES {
-                    let outcome = check(backend.as_ref(), &call, layout, policy);
-                    checked += 1;
-                    if !outcome.passed() {
-                        let device = &backend.info().device_name;
-                        let what = format!("{} on {} {device}", call.name, outcome.backend);
-                        failures.push(format!("{what}, {layout} {policy:?}: {}", outcome.failure()));
-                    }
+            for outcome in check_call(backend.as_ref(), &call, &LAYOUTS) {
+                checked += 1;
+                if !outcome.passed() {
+                    let (layout, policy, device) = (outcome.layout, outcome.policy, &backend.info().device_name);
+                    let what = format!("{} on {} {device}", call.name, outcome.backend);
+                    failures.push(format!("{what}, {layout} {policy:?}: {}", outcome.failure()));
                 }
             }
         }

@@ -108,6 +108,12 @@ pub fn check(backend: &dyn HostBackend, call: &Call, layout: Layout, policy: Spl
     check_with(backend, call, layout, &ScheduleOptions { num_sm_parts: None, policy })
 }
 
+/// [`check`] in these layouts, with every policy.
+pub fn check_call(backend: &dyn HostBackend, call: &Call, layouts: &[Layout]) -> Vec<Outcome> {
+    let policies = |layout: &Layout| POLICIES.map(|policy| check(backend, call, *layout, policy));
+    layouts.iter().flat_map(policies).collect()
+}
+
 /// [`check`] with a number of parts of the caller's choice.
 pub fn check_with(backend: &dyn HostBackend, call: &Call, layout: Layout, options: &ScheduleOptions) -> Outcome {
     let mut time = Duration::ZERO;

@@ -33,6 +33,10 @@ use crate::tensor::Device;
 /// A stream, event, module, function or graph of a driver.
 pub(crate) type Handle = *mut c_void;
 
+/// Smallest scale that kernels are told: a hidden score is -infinity before it is scaled, and -infinity * 0 would be NaN.
+/// Scores of any size below 1e20 still come out as 0, as they do with a scale of 0.
+pub(crate) const MIN_SCALE_LOG2: f32 = 1e-30;
+
 /// Bytes written between timed runs: several times the last cache of any device.
 pub(crate) const FLUSH_BYTES: usize = 1 << 30;
 

@@ -1,9 +1,9 @@
 //! What the decode and combine kernels are told about a call, and what they can be told.
 
-use super::params::{DecodeParams, FLAG_KV_VEC16, FLAG_OUT_VEC, FLAG_Q_VEC16, MIN_SCALE_LOG2};
+use super::params::{DecodeParams, FLAG_KV_VEC16, FLAG_OUT_VEC, FLAG_Q_VEC16};
 use crate::backend::Unsupported;
 use crate::call::{Inputs, KvCache, Outputs, Query};
-use crate::device::usable_pages_per_seq;
+use crate::device::{MIN_SCALE_LOG2, usable_pages_per_seq};
 use crate::problem::{KvFormat, Mask, Problem};
 use crate::tensor::TensorView;
 

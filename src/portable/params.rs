@@ -48,10 +48,6 @@ pub(crate) struct DecodeParams {
     pub(crate) requests_a_part: f32,
 }
 
-/// Smallest scale the kernels are told: a hidden score is -infinity before it is scaled, and -infinity * 0 would be NaN.
-/// Scores of any size below 1e20 still come out as 0, as they do with a scale of 0.
-pub(crate) const MIN_SCALE_LOG2: f32 = 1e-30;
-
 /// `FLAG_Q_VEC16`: every row of q_nope and q_pe is 16-byte aligned.
 pub(crate) const FLAG_Q_VEC16: i32 = 1;
 /// `FLAG_KV_VEC16`: every row of ckv and kpe is.

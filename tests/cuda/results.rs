@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use polymla::conformance::random::{Limits, random_call, random_options};
-use polymla::conformance::{Call, LAYOUTS, Layout, POLICIES, check, check_with, golden};
+use polymla::conformance::{Call, LAYOUTS, Layout, check_call, check_with, golden, marks_only, with_bad_request};
 use polymla::cuda::Stream;
 use polymla::schedule::PartMetadata;
 use polymla::{MlaError, ScheduleOptions, SplitPolicy};
@@ -25,14 +25,8 @@ pub fn golden_files<B: Tested>() {
     let Some(backend) = backend::<B>() else { return };
     let mut failures = Vec::new();
     for call in golden_calls() {
-        for layout in LAYOUTS {
-            for policy in POLICIES {
-                let outcome = check(&backend, &call, layout, policy);
-                if !outcome.passed() {
-                    failures.push(format!("{} {layout} {policy:?}: {}", call.name, outcome.failure()));
-                }
-            }
-        }
+        let bad = check_call(&backend, &call, &LAYOUTS).into_iter().filter(|check| !check.passed());
+        failures.extend(bad.map(|c| format!("{} {} {:?}: {}", c.call, c.layout, c.policy, c.failure())));
     }
     assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
 }
@@ -167,21 +161,7 @@ pub fn schedules_cover_every_block_once<B: Tested>() {
 pub fn bad_tables_and_lengths_mark_their_request_only<B: Tested>() {
     let Some(backend) = backend::<B>() else { return };
     for (i, call) in batches(24).into_iter().enumerate() {
-        let b = call.problem.b();
-        let victim = call.cache_seqlens().iter().position(|n| *n > 100).expect("a long request");
-        let mut bad = call.clone();
-        let pages = call.problem.num_pages() as i32;
-        let table_is_bad = i % 2 == 0;
-        if table_is_bad {
-            let used = (call.cache_seqlens()[victim] as usize).div_ceil(call.problem.page_size());
-            let entry = [pages, -1, i32::MAX, i32::MIN][i / 2 % 4];
-            let position = [0, used / 2, used - 1][i % 3];
-            bad.tensor_mut("block_table").expect("table").set(&[victim, position], f64::from(entry));
-        } else {
-            let limit = call.problem.max_tokens_per_seq() as i32;
-            let length = [-1, i32::MIN, limit + 1, i32::MAX][i / 2 % 4];
-            bad.tensor_mut("cache_seqlens").expect("lengths").set(&[victim], f64::from(length));
-        }
+        let (bad, victim) = with_bad_request(&call, i).expect("a long request");
         for policy in [SplitPolicy::default(), SplitPolicy::BatchInvariant { split_blocks: 1 }] {
             let options = ScheduleOptions { num_sm_parts: None, policy };
             let placed = Placed::new(&backend, &bad);
@@ -195,21 +175,7 @@ pub fn bad_tables_and_lengths_mark_their_request_only<B: Tested>() {
             );
             assert!(!B::has_failed(&schedule), "reported once");
             results.read();
-            let expected = call.expected.as_ref().expect("expected values");
-            let (out, lse) = (results.host.out.to_f64(), results.host.lse.to_f64());
-            for (name, values, wanted) in [("out", &out, &expected.out), ("lse", &lse, &expected.lse)] {
-                let each = values.len() / b;
-                for (at, (value, wanted)) in values.iter().zip(wanted).enumerate() {
-                    let request = at / each;
-                    if request == victim {
-                        assert!(value.is_nan(), "{} {policy:?}: {name}[{at}] is {value}, not NaN", call.name);
-                    } else {
-                        // How close is the business of other tests; here, that nothing leaked over.
-                        let near = value == wanted || (value - wanted).abs() <= 0.05 * wanted.abs().max(1.0);
-                        assert!(near, "{} {policy:?}: {name}[{at}] is {value}, not {wanted}", call.name);
-                    }
-                }
-            }
+            marks_only(&call, victim, &results.host).unwrap_or_else(|e| panic!("{policy:?} victim {victim}: {e}"));
         }
         // The host form refuses the same input before anything runs.
         let mut untouched = bad.poisoned_outputs().expect("outputs");

@@ -1,15 +1,12 @@
 #include "simt.h"
 
-#include <setjmp.h>
-#include <ucontext.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include <memory>
 #include <set>
-#include <vector>
+
+#include "fiber.h"
 
 namespace simt {
 namespace {
@@ -24,11 +21,7 @@ struct Copy {
     bool valid;
 };
 
-struct Fiber {
-    ucontext_t start;
-    jmp_buf at;
-    bool started = false, done = false;
-    std::unique_ptr<char[]> stack;
+struct Fiber : FiberStack {
     std::vector<std::vector<Copy>> groups;  // committed, oldest first; the last one is open
 };
 
@@ -72,16 +65,7 @@ thread_local Block* here = nullptr;
     std::abort();
 }
 
-uint64_t next_random(Block& b) {
-    b.random ^= b.random << 13;
-    b.random ^= b.random >> 7;
-    b.random ^= b.random << 17;
-    return b.random;
-}
-
-void leave() {
-    if (_setjmp(here->fibers[here->current].at) == 0) _longjmp(here->scheduler, 1);
-}
+void leave() { here->fibers[here->current].leave(here->scheduler); }
 
 void enter() {
     Block& b = *here;
@@ -135,20 +119,8 @@ void run_block(Block& b) {
                     if (!m && g.arrived > 0) m = &g;
             die("divergent barrier or warp instruction: nobody can go on", m ? m->file : "?", m ? m->line : 0);
         }
-        const size_t pick = next_random(b) % b.ready.size();
-        b.current = b.ready[pick];
-        b.ready[pick] = b.ready.back();
-        b.ready.pop_back();
-        Fiber& f = b.fibers[b.current];
-        if (f.started) _longjmp(f.at, 1);
-        f.started = true;
-        getcontext(&f.start);
-        if (!f.stack) f.stack.reset(new char[STACK]);
-        f.start.uc_stack.ss_sp = f.stack.get();
-        f.start.uc_stack.ss_size = STACK;
-        f.start.uc_link = nullptr;
-        makecontext(&f.start, enter, 0);
-        setcontext(&f.start);
+        b.current = take_any(b.ready, b.random);
+        b.fibers[b.current].resume(STACK, enter);
     }
     for (const Fiber& f : b.fibers)
         for (const auto& group : f.groups)

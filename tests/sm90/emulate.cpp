@@ -1,17 +1,13 @@
 // The sm90 kernels on a CPU, behind the interface of benches/sm90/host.cu, so that `run.py check` checks them without a GPU.
 #include "../../backends/sm90/params.h"
 
-#include <setjmp.h>
-#include <ucontext.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <map>
-#include <memory>
-#include <vector>
 
 #include "../../backends/sm90/ptx.h"
 #include "../../backends/sm90/wgmma.h"
+#include "../simt/fiber.h"
 
 namespace polymla {
 // Dynamic shared memory of the first CTA of a cluster; declared by the kernels.
@@ -42,11 +38,7 @@ namespace {
 constexpr size_t STACK = 192 * 1024;
 constexpr u32 SHARED = 232448;
 
-struct Fiber {
-    ucontext_t start;
-    jmp_buf at;
-    bool started, done;
-    std::unique_ptr<char[]> stack;
+struct Fiber : simt::FiberStack {
     dim index;
     u32 cta;
     const void* blocked;        // what it waits for, for the report
@@ -76,17 +68,12 @@ Meeting cluster;
 dim grid_size;
 int current;
 u32 finished;
-u64 random_state = 88172645463325252ull, early;
+uint64_t random_state = 88172645463325252ull, early;
 jmp_buf scheduler;
 void (*kernel)(const void*);
 const void* arguments;
 
-u64 next() {
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state;
-}
+uint64_t next() { return simt::next_random(random_state); }
 Fiber& me() { return fibers[current]; }
 Cta& mine() { return ctas[me().cta]; }
 [[noreturn]] void die(const char* what, u32 x = 0, u32 y = 0) {
@@ -94,7 +81,7 @@ Cta& mine() { return ctas[me().cta]; }
                  me().index.x);
     std::abort();
 }
-void leave() { if (_setjmp(me().at) == 0) _longjmp(scheduler, 1); }
+void leave() { me().leave(scheduler); }
 void wake(std::vector<int>& waiting) {
     ready.insert(ready.end(), waiting.begin(), waiting.end());
     waiting.clear();
@@ -165,20 +152,8 @@ void run() {
             std::fprintf(stderr, "emulated: %zu of %zu threads wait for ever\n", fibers.size() - finished, fibers.size());
             std::abort();
         }
-        const size_t pick = next() % ready.size();
-        current = ready[pick];
-        ready[pick] = ready.back();
-        ready.pop_back();
-        Fiber& f = me();
-        if (f.started) _longjmp(f.at, 1);
-        f.started = true;
-        getcontext(&f.start);
-        if (!f.stack) f.stack.reset(new char[STACK]);
-        f.start.uc_stack.ss_sp = f.stack.get();
-        f.start.uc_stack.ss_size = STACK;
-        f.start.uc_link = nullptr;
-        makecontext(&f.start, entry, 0);
-        setcontext(&f.start);
+        current = simt::take_any(ready, random_state);
+        me().resume(STACK, entry);
     }
 }
 void launch(dim grid, u32 threads, u32 in_cluster, void (*k)(const void*), const void* args) {

@@ -58,17 +58,6 @@ fn policy_name(policy: SplitPolicy) -> String {
     }
 }
 
-/// All checks of one call on one backend.
-fn check_call(backend: &dyn HostBackend, call: &Call, layouts: &[Layout]) -> Vec<Check> {
-    let mut checks = Vec::new();
-    for layout in layouts {
-        for policy in POLICIES {
-            checks.push(conformance::check(backend, call, *layout, policy));
-        }
-    }
-    checks
-}
-
 /// The worst check of a call: a failure if there is one, else the largest error beside its allowance.
 fn worst(checks: &[Check]) -> Option<&Check> {
     let ratio = |c: &Check| c.errors.as_ref().map_or(f64::INFINITY, |e| e.out_ratio.max(e.lse_ratio));
@@ -179,14 +168,14 @@ pub fn run(args: &Args, json: bool) -> Outcome {
                 skips.push((registration.name, format!("{}: {refused}", call.name)));
                 continue;
             }
-            let checks = check_call(&*backend, call, &LAYOUTS);
+            let checks = conformance::check_call(&*backend, call, &LAYOUTS);
             lines.push(Line { call: call.name.clone(), backend: registration.name, checks });
         }
         let (mut checks, mut unsupported) = (Vec::new(), 0);
         for seed in args.seed..args.seed + args.random {
             let call = random::random_call(seed, &limits)?;
             match backend.supports(&call.problem) {
-                Ok(()) => checks.extend(check_call(&*backend, &call, &[Layout::Given])),
+                Ok(()) => checks.extend(conformance::check_call(&*backend, &call, &[Layout::Given])),
                 Err(_) => unsupported += 1,
             }
         }

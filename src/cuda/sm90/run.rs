@@ -11,7 +11,7 @@ use super::variant::{Form, TILE_M, Variant, m_tiles, q_box_rows};
 use super::{NAME, Sm90Backend};
 use crate::backend::Unsupported;
 use crate::call::{Inputs, KvCache, Outputs, Query};
-use crate::device::{Launch, Plan, PlanAddresses, Stream, usable_pages_per_seq};
+use crate::device::{Launch, MIN_SCALE_LOG2, Plan, PlanAddresses, Stream, usable_pages_per_seq};
 use crate::error::{MlaError, Result};
 use crate::problem::{BLOCK_TOKENS, Mask, Problem};
 use crate::tensor::TensorView;
@@ -26,10 +26,6 @@ const WORKSPACE_ALIGN: usize = 128;
 
 /// Threads of the decode kernel.
 const DECODE_THREADS: u32 = 512;
-
-/// Smallest scale the kernels take: they divide nothing by it, but a maximum of -infinity * 0 would be NaN. Logits of
-/// any size below 1e20 still come out as 0, as they do with a scale of 0.
-const MIN_SCALE_LOG2: f32 = 1e-30;
 
 /// Whether the counts of a problem fit the kernels' 32-bit fields and the grid.
 pub(super) fn check_sizes(problem: &Problem) -> std::result::Result<(), Unsupported> {
@@ -122,9 +118,7 @@ impl Sm90Backend {
         }
 
         let _current = self.context.enter()?;
-        let whole_rows = params.flags & FLAG_OUT_VEC16 != 0;
-        let variant = Variant::of(problem);
-        let variant = if whole_rows { variant } else { variant.in_form(Form::Gather) };
+        let variant = Variant::of_call(problem, &params);
         let mut maps = [TensorMap(CUtensorMap { opaque: [0; 16] }); 4];
         // Two M tiles of a request load each other's KV.
         let paired = variant.form == Form::Tma && params.m_tiles % 2 == 0;

@@ -1,6 +1,7 @@
 //! Which decode kernel serves which problem.
 
 use super::Sm90Backend;
+use super::params::{DecodeParams, FLAG_OUT_VEC16};
 use crate::device::Function;
 use crate::error::Result;
 use crate::problem::{BLOCK_TOKENS, Problem};
@@ -55,9 +56,10 @@ impl Variant {
         Variant { bf16: problem.dtype() == DType::Bf16, rope: problem.rope() > 0, form }
     }
 
-    /// The same in another form.
-    pub(super) fn in_form(self, form: Form) -> Variant {
-        Variant { form, ..self }
+    /// The kernel for a call, whatever its `out` is like.
+    pub(super) fn of_call(problem: &Problem, params: &DecodeParams) -> Variant {
+        let usual = Variant::of(problem);
+        if params.flags & FLAG_OUT_VEC16 != 0 { usual } else { Variant { form: Form::Gather, ..usual } }
     }
 
     fn index(self) -> usize {
