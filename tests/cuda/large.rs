@@ -148,7 +148,7 @@ fn sixty_five_thousand_requests() {
     let (one, k) = (values(3, d_k), values(4, columns * page * d_k));
     let row: Vec<i32> = (0..columns as i32).rev().collect();
     let length_of = |request: usize| (request * 37 % lengths) as i32;
-    let decode = |b: usize, length_of: &dyn Fn(usize) -> i32, out: &mut [bf16], lse: &mut [f32]| {
+    let with_inputs = |b: usize, length_of: &dyn Fn(usize) -> i32, run: &mut dyn FnMut(&Problem, &Inputs<'_>)| {
         let problem =
             Problem::builder(b).h_q(1).num_pages(columns).max_pages_per_seq(columns).build().expect("problem");
         let (q, table) = (one.repeat(b), row.repeat(b));
@@ -160,20 +160,21 @@ fn sixty_five_thousand_requests() {
             cache_seqlens: host("cache_seqlens", &lens, &[b]),
             visible_lengths: None,
         };
-        if b == lengths {
-            return Some(polymla::reference::decode(&problem, &inputs).expect("reference"));
-        }
+        run(&problem, &inputs);
+    };
+    let mut expected = (Vec::new(), Vec::new());
+    with_inputs(lengths, &|length| length as i32, &mut |problem, inputs| {
+        expected = polymla::reference::decode(problem, inputs).expect("reference");
+    });
+    let (mut out, mut lse) = (vec![bf16::NAN; b * d_v], vec![f32::NAN; b]);
+    with_inputs(b, &length_of, &mut |problem, inputs| {
         let mut outputs = Outputs {
-            out: TensorViewMut::from_slice("out", out, &[b, 1, 1, d_v]).expect("a view"),
-            lse: TensorViewMut::from_slice("lse", lse, &[b, 1, 1]).expect("a view"),
+            out: TensorViewMut::from_slice("out", &mut out, &[b, 1, 1, d_v]).expect("a view"),
+            lse: TensorViewMut::from_slice("lse", &mut lse, &[b, 1, 1]).expect("a view"),
         };
         let options = ScheduleOptions::default();
-        polymla::HostBackend::decode(&backend, &problem, &options, &inputs, &mut outputs).expect("decode");
-        None
-    };
-    let expected = decode(lengths, &|length| length as i32, &mut [], &mut []).expect("the reference");
-    let (mut out, mut lse) = (vec![bf16::NAN; b * d_v], vec![f32::NAN; b]);
-    decode(b, &length_of, &mut out, &mut lse);
+        polymla::HostBackend::decode(&backend, problem, &options, inputs, &mut outputs).expect("decode");
+    });
     for (request, (out, lse)) in out.chunks_exact(d_v).zip(&lse).enumerate() {
         let length = length_of(request) as usize;
         for (value, wanted) in out.iter().zip(&expected.0[length * d_v..]) {
