@@ -3,55 +3,27 @@
 
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
-use std::path::{Path, PathBuf};
+mod shims;
 
 use polymla::conformance::random::{Limits, random_call, random_options};
-use polymla::conformance::{Layout, POLICIES, check, check_with, golden};
+use polymla::conformance::{Layout, check_with};
 use polymla::driver::{self, PortableBackend};
 use polymla::{
     Device, Evidence, HostBackend, Inputs, KvCache, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions,
     SplitPolicy, TensorView, TensorViewMut, get_mla_metadata,
 };
-
-/// A vendor, the variables that name its libraries, lanes of a warp, KiB of shared memory, and what its device calls itself.
-type Case = (&'static str, [&'static str; 2], u32, u32, &'static str);
+use shims::Case;
 
 const CASES: &[Case] = &[
     #[cfg(feature = "hip")]
-    ("hip", ["POLYMLA_HIP_LIB", "POLYMLA_HIPRTC_LIB"], 64, 64, "gfx906"),
+    shims::HIP,
     #[cfg(feature = "musa")]
-    ("musa", ["POLYMLA_MUSA_LIB", "POLYMLA_MTRTC_LIB"], 128, 28, "mp_22"),
+    shims::MUSA,
     #[cfg(feature = "maca")]
-    ("maca", ["POLYMLA_MACA_LIB", "POLYMLA_MCRTC_LIB"], 64, 64, "xcore100"),
+    shims::MACA,
     #[cfg(feature = "corex")]
-    ("corex", ["POLYMLA_COREX_LIB", "POLYMLA_COREX_RTC_LIB"], 64, 64, "ivcore11"),
+    shims::COREX,
 ];
-
-/// How the binary begins that the harness takes: `CODE` of `harness.cpp`, which zeros follow.
-const CODE: &[u8] = b"\x7fELF kernels of the fiber harness";
-
-fn library(vendor: &str, warp: u32, kib: u32) -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("lib{vendor}-cpu-{}.so", std::process::id()));
-    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let compiler = cc::Build::new().cpp(true).target(&target).host(&target).opt_level(2).warnings(false).get_compiler();
-    let mut command = compiler.to_command();
-    command.args([
-        "-std=c++17",
-        "-shared",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wno-unknown-pragmas",
-        "-U_FORTIFY_SOURCE",
-    ]);
-    command.args([format!("-DPM_WARP={warp}"), format!("-DPOLYMLA_SMEM_KIB={kib}")]);
-    command.arg(format!("-DSHIM_VENDOR_HEADER=\"{vendor}.h\"")).arg("-I").arg(root.join("tests/shims"));
-    command.arg("-I").arg(root.join("tests/simt")).arg("-I").arg(root.join("backends/portable"));
-    command.args(["tests/simt/simt.cpp", "tests/simt/library.cpp", "tests/shims/harness.cpp"].map(|f| root.join(f)));
-    let output = command.arg("-o").arg(&path).output().expect("a C++ compiler is needed (g++)");
-    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
-    path
-}
 
 /// One test: variables of the environment belong to the process, and a driver is loaded once in it.
 #[test]
@@ -61,23 +33,24 @@ fn the_backends_are_right_from_library_to_result() {
     }
 }
 
-fn one(&(vendor, variables, warp, kib, arch): &Case) {
-    let library = library(vendor, warp, kib);
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{vendor}-cpu-cache-{}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&cache);
+fn one(case: &Case) {
+    let (vendor, arch, warp) = (case.name, case.arch, case.vendor.devices[case.device].warp);
+    let folder = shims::scratch(&format!("{vendor}-cpu"));
+    let (library, cache) = (folder.join("library.so"), folder.join("cache"));
+    shims::build(&library, case, warp, "");
     // SAFETY: this test is alone in its process, and no other thread reads the environment now.
     unsafe {
-        for variable in variables {
+        for variable in case.variables {
             std::env::set_var(variable, &library);
         }
         std::env::set_var(driver::CACHE_VARIABLE, &cache);
     }
     // CoreX has no run-time compiler: its kernels come from the folder of modules.
-    let compiles = vendor != "corex";
+    let compiles = case.vendor.compiler;
     if !compiles {
         std::fs::create_dir_all(&cache).expect("the target folder");
         for (name, _) in driver::kernel_source(vendor, arch).expect(arch).binaries {
-            std::fs::write(cache.join(name), [CODE, &[0; 31]].concat()).expect("the target folder");
+            std::fs::write(cache.join(name), [shims::CODE, &[0; 31]].concat()).expect("the target folder");
         }
         // SAFETY: as above.
         unsafe { std::env::set_var(driver::MODULE_DIR_VARIABLE, &cache) };
@@ -99,26 +72,11 @@ fn one(&(vendor, variables, warp, kib, arch): &Case) {
     assert!(refused.contains("warp size 16") && refused.contains(&warp.to_string()), "{refused}");
     assert!(matches!(driver::open_device(vendor, 7), Err(MlaError::Absent { .. })));
 
-    golden_files(&backend);
+    shims::golden_files(&backend);
     random_problems(&backend);
     schedules(&backend);
     bad_lengths_are_reported(&backend);
-    let _ = std::fs::remove_dir_all(&cache);
-    let _ = std::fs::remove_file(&library);
-}
-
-/// Golden files that are small enough for emulation.
-fn golden_files(backend: &PortableBackend) {
-    for file in
-        ["dense_bf16_b2_sq4_hq9_shorter_than_sq", "dense_bf16_b6_sq2_hq16_zero_len", "dense_fp16_b2_sq4_hq16_causal"]
-    {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-        let call = golden::load(root.join(file).with_extension("safetensors")).expect(file);
-        for (layout, policy) in [(Layout::Fused, POLICIES[0]), (Layout::Split, POLICIES[1])] {
-            let outcome = check(backend, &call, layout, policy);
-            assert!(outcome.passed(), "{file} {layout} {policy:?}: {}", outcome.failure());
-        }
-    }
+    let _ = std::fs::remove_dir_all(&folder);
 }
 
 fn random_problems(backend: &PortableBackend) {

@@ -1,9 +1,19 @@
-// A vendor's driver and run-time compiler on the fiber harness: exports the functions that the driver table names, under the names
-// of the vendor's header (forward.cpp says what is in one), over this process's memory and tests/simt. Test-only. It proves the
-// host's calls and their arguments, not the vendor's ABI.
+// A vendor's driver and run-time compiler on the fiber harness: exports the functions that the driver table names, under the
+// vendor's names, over this process's memory and tests/simt. Test-only. It proves the host's calls and their arguments, not
+// the vendor's ABI.
 //
 // Strict where a driver would be lenient: memory starts as NaN, copies must stay inside one allocation, handles must be
 // live, and the compiler looks at its options.
+//
+// A header that mod.rs writes of the vendor's file is included by the command line:
+//   SHIM_alloc, SHIM_RTC_log, ...     the names
+//   SHIM_WARP, SHIM_SHARED_KIB, SHIM_MAJOR, SHIM_MINOR         the device; the last two of its compute capability
+//   SHIM_WARP_ATTRIBUTE, SHIM_MAJOR_ATTRIBUTE, ...             numbers of attributes
+//   SHIM_PROPERTIES_BYTES, SHIM_ARCH_AT, SHIM_ARCH_NAME        the struct of properties, where an architecture is said by that
+//   SHIM_HOST_FLAGS, SHIM_ARCH_OPTION                          what a host allocation and a compilation must ask for
+//   SHIM_CONTEXTS          defined where contexts are made current, as by CUDA's driver
+//   SHIM_NO_COMPILER       defined where there is no run-time compiler
+//   SHIM_NVIDIA            defined where this is libcuda and NVRTC, for forward/ to load
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -18,7 +28,8 @@ extern "C" int simt_launch(const char* name, unsigned grid, unsigned shared_byte
 extern "C" unsigned simt_shared_bytes(const char* name);
 
 #define API extern "C" __attribute__((visibility("default")))
-#include SHIM_VENDOR_HEADER
+#define SHIM(name) SHIM_##name
+#define SHIM_RTC(name) SHIM_RTC_##name
 
 namespace {
 constexpr int INVALID = 1, NO_DEVICE = 100, NOT_FOUND = 500;
@@ -27,6 +38,9 @@ const char CODE[64] = "\x7f" "ELF kernels of the fiber harness";
 std::mutex lock;
 std::map<char*, size_t> allocations;
 std::set<std::string> functions;
+#ifdef SHIM_NVIDIA
+std::set<std::string> allowed;
+#endif
 std::set<void*> modules, handles;
 thread_local int current = 0;
 uint64_t launches = 0;
@@ -110,20 +124,21 @@ API int SHIM(device_attribute)(int* value, int attribute, int device) {
         case SHIM_SHARED_ATTRIBUTE: return *value = SHIM_SHARED_KIB * 1024, 0;
         case SHIM_PROCESSORS_ATTRIBUTE: return *value = 4, 0;
     }
-#ifdef SHIM_CAPABILITY
-    const int capability[] = {SHIM_CAPABILITY_ATTRIBUTES};
-    for (int minor = 0; minor < 2; ++minor)
-        if (attribute == capability[minor]) return *value = SHIM_CAPABILITY(minor), 0;
+#ifdef SHIM_MAJOR_ATTRIBUTE
+    if (attribute == SHIM_MAJOR_ATTRIBUTE) return *value = SHIM_MAJOR, 0;
+    if (attribute == SHIM_MINOR_ATTRIBUTE) return *value = SHIM_MINOR, 0;
 #endif
     return INVALID;
 }
 API int SHIM(device_name)(char* name, int length, int device) {
+    if (device < FIRST || device > FIRST + 1) return INVALID;
     std::snprintf(name, size_t(length), "fiber harness %d", device - FIRST);
     return 0;
 }
-#ifdef SHIM_PROPERTIES
+#ifdef SHIM_PROPERTIES_BYTES
 API int SHIM(device_properties)(void* properties, int) {
-    SHIM_PROPERTIES(properties);
+    std::memset(properties, 0, SHIM_PROPERTIES_BYTES);
+    std::strcpy(static_cast<char*>(properties) + SHIM_ARCH_AT, SHIM_ARCH_NAME);
     return 0;
 }
 #endif
@@ -172,8 +187,20 @@ API int SHIM(launch)(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx
     if (!gx || gy != 1 || gz != 1 || bx != 256 || by != 1 || bz != 1 || extra || !stream_lives(stream)) return INVALID;
     if (shared > SHIM_SHARED_KIB * 1024 || shared < simt_shared_bytes(name)) return INVALID;
     std::lock_guard<std::mutex> hold(lock);
+#ifdef SHIM_NVIDIA
+    if (shared > 48 * 1024 && !allowed.count(name)) return INVALID;
+#endif
     return simt_launch(name, gx, shared, params[0], ++launches);
 }
+
+#ifdef SHIM_NVIDIA
+// A kernel must be allowed more shared memory than 48 KiB: MAX_DYNAMIC_SHARED_SIZE_BYTES.
+API int cuFuncSetAttribute(void* f, int attribute, int value) {
+    if (attribute != 8 || value != SHIM_SHARED_KIB * 1024) return INVALID;
+    std::lock_guard<std::mutex> hold(lock);
+    return allowed.insert(static_cast<char*>(f)), 0;
+}
+#endif
 
 #ifndef SHIM_NO_COMPILER
 // The compiler: takes the source for what it is by its options, and counts how often it was asked.
@@ -181,13 +208,21 @@ API const char* SHIM_RTC(error_string)(int) { return "compilation failed"; }
 API int SHIM_RTC(version)(int* major, int* minor) { return *major = 1, *minor = 2, 0; }
 API int SHIM_RTC(create)(void** p, const char* text, const char* name, int headers, const char**, const char**) {
     if (headers || std::strstr(text, "#include \"") || std::strcmp(name, "portable.cu")) return INVALID;
+#ifdef SHIM_NVIDIA
+    // What stands before the vendor's source ends with a line that numbers the others as they were.
+    if (!std::strstr(text, "\n#line 1\n")) return INVALID;
+#endif
     return make(p, handles);
 }
 API int SHIM_RTC(compile)(void*, int count, const char** options) {
     bool arch = false, smem = false;
     for (int i = 0; i < count; ++i) {
         arch |= !std::strncmp(options[i], SHIM_ARCH_OPTION, std::strlen(SHIM_ARCH_OPTION));
-        smem |= options[i] == "-DPOLYMLA_SMEM_KIB=" + std::to_string(SHIM_SHARED_KIB);
+        smem |= options[i] == "-DPOLYMLA_SMEM_KIB=" + std::to_string(POLYMLA_SMEM_KIB);
+#ifdef SHIM_NVIDIA
+        const bool known = !std::strncmp(options[i], "-D", 2) || !std::strncmp(options[i], "-std=", 5);
+        if (!known && std::strcmp(options[i], SHIM_ARCH_OPTION)) return INVALID;
+#endif
     }
     return arch && smem ? 0 : INVALID;
 }
