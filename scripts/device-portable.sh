@@ -23,13 +23,12 @@ build() {
     cp "$(test_binary cuda sm90,cuda)" "$carry/cuda-tests"
     strip "$carry/cuda-tests"
     local vendor
-    for vendor in hip musa maca corex; do
-        c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -Wall -Wextra -Werror \
-            -DSHIM_VENDOR_HEADER="\"$vendor.h\"" -o "$carry/lib$vendor.so" tests/shims/forward.cpp -ldl
-    done
     # Moore Threads' newer devices have warps of 32.
-    c++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -DSHIM_VENDOR_HEADER='"musa.h"' -DSHIM_WARP=32 \
-        -o "$carry/libmusa32.so" tests/shims/forward.cpp -ldl
+    for vendor in hip musa musa32 maca corex; do
+        cargo build --release --locked --manifest-path tests/shims/forward/Cargo.toml --target-dir "$target/forward" \
+            --features "$vendor"
+        cp "$target/forward/release/libpolymla_forward.so" "$carry/lib$vendor.so"
+    done
     # CoreX has no run-time compiler: its kernels come by the script that `polymla kernels` writes, nvcc standing in.
     "$carry/polymla" kernels --vendor corex --arch ivcore11 --out "$carry/corex"
     COREX_CXX=$PWD/tests/shims/corex-clang.sh bash "$carry/corex/corex-ivcore11.sh"
