@@ -1,5 +1,6 @@
 //! The forwarding libraries of tier T4 (`tests/shims/forward`) without a GPU: our host code over a vendor's names, over them, over a
-//! libcuda and NVRTC that are the fiber harness. It proves what is handed on, and under which name; not NVIDIA's ABI.
+//! libcuda and NVRTC that are the fiber harness. It proves what is handed on, and under which name; not NVIDIA's ABI. With
+//! `POLYMLA_TEST_NVRTC` (the last of its list) the kernels are compiled for sm_90, too, each in its vendor's dialect.
 
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
 
@@ -49,7 +50,10 @@ const CASE: &str = "POLYMLA_TEST_FORWARD";
 /// to when it began.
 fn in_a_process(test: &str, case: &Case, folder: &Path, library: &Path) {
     let mut command = Command::new(std::env::current_exe().expect("this test"));
-    command.args(["--exact", test, "--ignored", "--nocapture"]).env(CASE, case.arch).env("LD_LIBRARY_PATH", folder);
+    command.args(["--exact", test, "--ignored", "--nocapture"]).env(CASE, case.arch);
+    let old = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let paths = std::iter::once(folder.into()).chain(std::env::split_paths(&old));
+    command.env("LD_LIBRARY_PATH", std::env::join_paths(paths).expect("no colon in the target folder"));
     command.envs(case.variables.map(|variable| (variable, library)));
     command.env(driver::CACHE_VARIABLE, folder.join("cache")).env(driver::MODULE_DIR_VARIABLE, folder.join("modules"));
     let output = command.output().expect("this test starts");
@@ -69,8 +73,21 @@ fn forwards(case: &Case, feature: &str) {
     in_a_process("without_libcuda", case, &folder, &library);
     std::fs::remove_file(&cuda).expect("it was written");
     shims::build(&cuda, &nvidia(case), case.vendor.devices[case.device].warp, "#define SHIM_NVIDIA\n");
-    std::os::unix::fs::symlink(&cuda, nvrtc).expect("the target folder");
+    std::os::unix::fs::symlink(&cuda, &nvrtc).expect("the target folder");
     in_a_process("over_the_harness", case, &folder, &library);
+    let real = std::env::var("POLYMLA_TEST_NVRTC").unwrap_or_default();
+    match real.rsplit(':').next().filter(|path| case.vendor.compiler && !path.is_empty()) {
+        Some(real) => {
+            // NVRTC looks for libcuda by its first name, and is not to find this one.
+            std::fs::rename(&cuda, folder.join("libcuda.so")).expect("it was built");
+            std::fs::write(&cuda, "no library").expect("the target folder");
+            std::fs::remove_file(&nvrtc).expect("it was linked");
+            std::os::unix::fs::symlink(real, nvrtc).expect("the target folder");
+            in_a_process("kernels_compile", case, &folder, &library);
+        }
+        None if case.vendor.compiler => eprintln!("SKIP {feature} by NVRTC: POLYMLA_TEST_NVRTC is not set"),
+        None => {}
+    }
     let _ = std::fs::remove_dir_all(&folder);
 }
 
@@ -121,6 +138,16 @@ fn without_libcuda() {
             assert!(reason.contains(&format!("{init}: libcuda cannot be loaded (code 500)")), "{reason}");
         }
         other => panic!("{}: {other:?}", case.name),
+    }
+}
+
+/// NVIDIA's own compiler takes the vendor's dialect behind the vendor's builtins.
+#[test]
+#[ignore = "the tests above start it in processes of its own"]
+fn kernels_compile() {
+    let case = case().expect(CASE);
+    for (element, compiled) in driver::compile_kernels(case.name, case.arch).expect(case.arch) {
+        assert!(compiled.binary.starts_with(b"\x7fELF"), "{element}: {} bytes of no code", compiled.binary.len());
     }
 }
 
