@@ -6,6 +6,7 @@
 
 mod shims;
 
+use std::ffi::{c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
@@ -15,6 +16,8 @@ use polymla::driver::{self, PortableBackend};
 use polymla::{Device, Evidence, HostBackend, MlaBackend, MlaError, Problem, RepeatedInputs, ScheduleOptions, Timing};
 use shims::Case;
 use shims::vendor::{Device as Described, Vendor};
+
+type Handle = *mut c_void;
 
 /// NVIDIA's own, as the harness plays it: CUDA's names are those in CoreX's file. Its device is what the vendor's has to have.
 fn nvidia(case: &Case) -> Case {
@@ -190,6 +193,7 @@ fn over_the_harness() {
     assert!(error.to_string().contains(&format!("{call} failed: another error (OtherError, code 100)")), "{error}");
 
     memory(&backend);
+    called_by_name(&case, &backend);
     streams_and_events(&backend);
     shims::golden_files(&backend);
 }
@@ -202,6 +206,36 @@ fn memory(backend: &PortableBackend) {
     let mut found = vec![0; 993];
     buffer.read(7, &mut found).expect("a copy back");
     assert!(found.iter().zip(b"abcdefg".iter().cycle()).all(|(a, b)| a == b), "{found:?}");
+}
+
+/// What the host code asks for in one way only: words other than zero, devices that it has not counted.
+fn called_by_name(case: &Case, backend: &PortableBackend) {
+    let mut buffer = backend.alloc(64).expect("memory");
+    buffer.write(0, &[7; 64]).expect("a copy");
+    let library = std::env::var_os(case.variables[0]).expect("set");
+    // SAFETY: the library is loaded already; its functions have the driver table's signatures, and get pointers to locals.
+    let fill = unsafe {
+        let library = libloading::Library::new(library).expect("the library");
+        let find = |ours| name_of(case, ours).as_bytes();
+        if case.vendor.contexts {
+            let get = library.get::<unsafe extern "C" fn(*mut c_int, c_int) -> c_int>(find("device_get")).unwrap();
+            let retain =
+                library.get::<unsafe extern "C" fn(*mut Handle, c_int) -> c_int>(find("retain_context")).unwrap();
+            let set = library.get::<unsafe extern "C" fn(Handle) -> c_int>(find("set_context")).unwrap();
+            let (mut device, mut context) = (0, std::ptr::null_mut());
+            assert_ne!(get(&raw mut device, 2), 0, "there is no device 2");
+            assert_eq!((get(&raw mut device, 1), retain(&raw mut context, device), set(context)), (0, 0, 0));
+        } else {
+            let set = library.get::<unsafe extern "C" fn(c_int) -> c_int>(find("set_device")).unwrap();
+            assert_eq!([set(-1), set(2), set(1)], [101, 101, 0], "there are devices 0 and 1");
+        }
+        let fill = library.get::<unsafe extern "C" fn(u64, c_int, usize, Handle) -> c_int>(find("fill_words")).unwrap();
+        [17, 8].map(|count| fill(buffer.address(), 0x0102_0304, count, std::ptr::null_mut()))
+    };
+    assert_eq!(fill, [1, 0], "17 words do not fit, 8 do");
+    let mut found = [0; 64];
+    buffer.read(0, &mut found).expect("a copy back");
+    assert_eq!(found, *[[4, 3, 2, 1].repeat(8), vec![7; 32]].concat(), "8 words of the buffer");
 }
 
 /// A stream of its own; and a timed run between events, which are always as far apart in the harness.
