@@ -4,7 +4,7 @@
 . "$(dirname "$0")/common.sh"
 
 use_hip
-tests --test hip --test driver_cpu --test vendors
+tests --test hip --test driver_cpu --test forward --test vendors
 
 echo "== the command line writes kernels that clang-22 compiles with the script it gives"
 out=$(mktemp -d)

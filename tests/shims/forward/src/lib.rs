@@ -12,6 +12,9 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("device addresses are passed as 64-bit integers where these drivers take pointers");
 
+#[cfg(not(any(feature = "hip", feature = "musa", feature = "maca", feature = "corex")))]
+compile_error!("choose a vendor by a feature: hip, musa, musa32, maca or corex");
+
 #[macro_use]
 #[path = "../../vendor.rs"]
 mod vendor;
@@ -159,8 +162,11 @@ pub unsafe extern "C" fn device_properties(properties: *mut c_void, _device: c_i
     let Arch::Properties { bytes, at, name } = VENDOR.arch else {
         return INVALID_VALUE;
     };
-    assert!(at + name.len() < bytes, "the name and its null end inside the struct");
-    // SAFETY: the caller's promise, and the line above.
+    // The name and its null end inside the struct.
+    if at + name.len() >= bytes {
+        return INVALID_VALUE;
+    }
+    // SAFETY: the caller's promise, and the lines above.
     unsafe {
         properties.write_bytes(0, bytes);
         properties.add(at).copy_from_nonoverlapping(name.as_ptr().cast(), name.len());
