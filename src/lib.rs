@@ -16,7 +16,12 @@ pub mod cpu;
 pub mod cuda;
 #[cfg(any(feature = "sm90", feature = "cuda", feature = "driver"))]
 mod device;
+// `driver` alone is what its vendors share, with nobody to use it.
 #[cfg(feature = "driver")]
+#[cfg_attr(
+    not(any(feature = "hip", feature = "musa", feature = "maca", feature = "corex")),
+    allow(dead_code, reason = "what vendors share")
+)]
 pub mod driver;
 pub mod error;
 mod host;
@@ -25,6 +30,10 @@ pub mod kernels;
 #[cfg(feature = "onnx")]
 pub mod onnx;
 #[cfg(any(feature = "cuda", feature = "driver"))]
+#[cfg_attr(
+    not(any(feature = "cuda", feature = "hip", feature = "musa", feature = "maca", feature = "corex")),
+    allow(dead_code, reason = "what vendors share")
+)]
 mod portable;
 pub mod problem;
 pub mod reference;
