@@ -3,8 +3,8 @@
 //
 // A piece of a request goes to the workspace straight from registers, not normalised, in fragment order. A whole request goes to
 // `out` by way of the place that V's half of the last block had, so that whole lines are written; that stage goes back to the
-// loaders late, but they and the QK warpgroup are already at work on the next request in the other two. The gather form, whose
-// `out` may have any strides, scatters from registers.
+// loaders late, but they and the QK warpgroup are already at work on the next request in the other two. In the gather form `out`
+// may have any strides.
 #pragma once
 
 #include "decode_qk.h"
@@ -62,7 +62,17 @@ struct PvWarpgroup {
         return reinterpret_cast<u16*>(p.out) + i64(req) * p.out_stride_b + i64(r.s) * p.out_stride_s + i64(r.h) * p.out_stride_h;
     }
 
-    // Whole rows, of contiguous, 16-byte aligned columns, by way of the place that V had: a warp writes 128 bytes of four rows at
+    // Eight neighbouring columns of any stride.
+    static PM_DEV void scatter8(u16* dst, i64 step, const uint4& v) {
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            *dst = u16(words[i / 2] >> (i % 2 * 16));
+            dst += step;
+        }
+    }
+
+    // Whole rows by way of the place that V had: a warp writes 128 bytes of four rows at
     // a time. Straight from registers it would write 16 bytes of eight rows each, which keeps the load-store unit from everyone
     // for ten thousand cycles. A request without keys (no place) has one value everywhere.
     static PM_DEV void store_rows(const DecodeParams& p, const float (&o)[2][64], int req, u32 smem, u32 stage, u32 buf, bool placed,
@@ -85,29 +95,16 @@ struct PvWarpgroup {
         for (u32 i = lane / 8; i < 16; i += 4) {
             const RowIndex r(p, int(blockIdx.x * TILE_M + warp * 16 + i));
             if (!r.valid) return;
-            u16* dst = out_row(p, req, r) + half * 256 + lane % 8 * 8;
+            const i64 step = GATHER ? p.out_stride_d : 1;
+            u16* dst = out_row(p, req, r) + (half * 256 + lane % 8 * 8) * step;
 #pragma unroll
             for (u32 g = 0; g < 4; ++g) {
                 uint4 v = {word, word, word, word};
                 if (placed) v = ld_shared_v4(place.group(g) + warp * 2048 + swizzle(i, lane % 8));
-                st_global_v4(dst + g * 64, v);
-            }
-        }
-    }
-
-    // Two packed rows of this half, of any strides.
-    static PM_DEV void scatter_rows(const DecodeParams& p, const float (&o)[2][64], int req, int row, u32 half) {
-        const u32 t = threadIdx.x % 4;
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            const RowIndex r(p, row + 8 * k);
-            if (!r.valid) return;
-            u16* dst = out_row(p, req, r) + (half * 256 + 2 * t) * p.out_stride_d;
-#pragma unroll
-            for (int i = 0; i < 32; ++i) {
-                scatter2<Elem>(dst, p.out_stride_d, o[i / 16][i % 16 * 4 + 2 * k], o[i / 16][i % 16 * 4 + 2 * k + 1]);
-                dst += 8 * p.out_stride_d;
-                asm volatile("" : "+l"(dst));       // else all addresses are computed first, and spilled
+                if (!GATHER || p.flags & FLAG_OUT_VEC16)
+                    st_global_v4(dst + g * 64, v);
+                else
+                    scatter8(dst + g * 64 * step, step, v);
             }
         }
     }
@@ -117,14 +114,11 @@ struct PvWarpgroup {
                              u32 buf, bool placed, u32 half) {
         const int first = int(blockIdx.x * TILE_M + threadIdx.x / 32 % 4 * 16);
         const bool none = first >= p.s_q * p.heads_per_kv;
-        if (GATHER && none) return;
         if (slot < 0) scale_rows(o, inv[0], inv[1]);
         fence_regs(o[0]);
         fence_regs(o[1]);
         if (slot >= 0) {
-            if (GATHER || !none) store_partial(p, o, partial_tile(p, slot, blockIdx.y, blockIdx.x), half);
-        } else if (GATHER) {
-            scatter_rows(p, o, req, first + int(threadIdx.x % 32 / 4), half);
+            if (!none) store_partial(p, o, partial_tile(p, slot, blockIdx.y, blockIdx.x), half);
         } else {
             store_rows(p, o, req, smem, stage, buf, placed, half);
         }
@@ -164,13 +158,10 @@ struct PvWarpgroup {
             int left = ld_shared(rec + SEG_END) - ld_shared(rec + SEG_BEGIN);     // blocks to do
             float inv[2];
             int fresh = 0;      // 0 until O holds something
-            if (left == 0) {
-                take_factors(inv, smem, seg);
+            // Here and for all: zeroed for segments without blocks only, O would be two sets of registers to ptxas, and spill.
 #pragma unroll
-                for (int i = 0; i < 64; ++i) o[0][i] = o[1][i] = 0.0f;
-            } else {
-                stage = stage == STAGES - 1 ? 0 : stage + 1;    // Q had this one
-            }
+            for (int i = 0; i < 64; ++i) o[0][i] = o[1][i] = 0.0f;
+            if (left > 0) stage = stage == STAGES - 1 ? 0 : stage + 1;    // Q had this one
 #pragma unroll 1
             while (left > 0) {
                 const u32 buf = item & 1, use = (item >> 1) & 1;
@@ -201,16 +192,16 @@ struct PvWarpgroup {
                 fence_regs(o[1]);
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < 4; ++k) pv_step<Elem>(o[1], desc_p + k * 2, desc_v1 + k * (2048 >> 4), k ? 1 : fresh);
+                for (int k = 0; k < 4; ++k) pv_step<Elem>(o[1], desc_p + k * 2, desc_v1 + k * (2048 >> 4), 1);
                 wgmma_commit();
 #pragma unroll
-                for (int k = 0; k < 4; ++k) pv_step<Elem>(o[0], desc_p + k * 2, desc_v0 + k * (2048 >> 4), k ? 1 : fresh);
+                for (int k = 0; k < 4; ++k) pv_step<Elem>(o[0], desc_p + k * 2, desc_v0 + k * (2048 >> 4), 1);
                 wgmma_commit();
                 PM_MARK(1 + half, item, 4);
                 // The late tile is in the pair that went first: give it back at half time.
                 if (half) wgmma_wait<1>();
                 // O of a whole request goes out by way of the last block's place.
-                const bool held = !GATHER && left == 0 && ld_shared(rec + SEG_SLOT) < 0;
+                const bool held = left == 0 && ld_shared(rec + SEG_SLOT) < 0;
                 __syncwarp();
                 if (threadIdx.x % 32 == 0 && !(half && held)) mbar_arrive(smem + Smem::empty_tail + buf * 8);
                 wgmma_wait<0>();
@@ -218,20 +209,19 @@ struct PvWarpgroup {
                 fence_regs(o[0]);
                 fence_regs(o[1]);
                 fresh = 1;
-                if (left == 0) take_factors(inv, smem, seg);
                 __syncwarp();
                 if (!held) release(smem, stage, half);
                 PM_MARK(1 + half, item, 7);
                 stage = stage == STAGES - 1 ? 0 : stage + 1;
                 ++item;
             }
-            const int req = ld_shared(rec + SEG_REQ), place = ld_shared(rec + SEG_SLOT);
             // A barrier under a condition that ptxas cannot see to be uniform costs the whole loop its uniform registers.
-            const int slot = GATHER ? place : int(uniform(u32(place)));
+            const int req = ld_shared(rec + SEG_REQ), slot = int(uniform(u32(ld_shared(rec + SEG_SLOT))));
+            take_factors(inv, smem, seg);
             leave_segment(rec);
             if (threadIdx.x % 32 == 0) mbar_arrive(smem + Smem::inv_empty);
             const u32 last = stage == 0 ? STAGES - 1 : stage - 1, buf = ~item & 1;      // of the last block
-            const bool placed = !GATHER && fresh;
+            const bool placed = fresh;
             store(p, o, inv, req, slot, smem, last, buf, placed, half);
             if (placed && slot < 0) {
                 fence_async_shared();

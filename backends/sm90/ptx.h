@@ -302,23 +302,15 @@ PM_DEV u32 pack2<F16>(float lo, float hi) {
 }
 
 // Packing and storing in one statement each, because ptxas would pack all accumulators first, and spill: two neighbouring 8 x 8
-// blocks of 16 rows to shared memory; two values to different places.
+// blocks of 16 rows to shared memory.
 template <class Elem>
 PM_DEV void stmatrix_packed(u32 addr, const float* v);
-template <class Elem>
-PM_DEV void scatter2(u16* dst, i64 apart, float lo, float hi);
 #define PM_STORE_PACKED(ELEM, CVT)                                                                                          \
     template <>                                                                                                            \
     PM_DEV void stmatrix_packed<ELEM>(u32 addr, const float* v) {                                                          \
         asm volatile("{\n .reg .b32 a, b, c, d;\n " CVT " a, %2, %1;\n " CVT " b, %4, %3;\n " CVT " c, %6, %5;\n " CVT        \
                      " d, %8, %7;\n stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {a, b, c, d};\n}\n" ::"r"(addr),        \
                      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "f"(v[4]), "f"(v[5]), "f"(v[6]), "f"(v[7])                 \
-                     : "memory");                                                                                          \
-    }                                                                                                                      \
-    template <>                                                                                                            \
-    PM_DEV void scatter2<ELEM>(u16* dst, i64 apart, float lo, float hi) {                                                  \
-        asm volatile("{\n .reg .b32 w;\n .reg .b16 a, b;\n " CVT " w, %3, %2;\n mov.b32 {a, b}, w;\n"                       \
-                     " st.global.b16 [%0], a;\n st.global.b16 [%1], b;\n}\n" ::"l"(dst), "l"(dst + apart), "f"(lo), "f"(hi) \
                      : "memory");                                                                                          \
     }
 PM_STORE_PACKED(Bf16, "cvt.rn.bf16x2.f32")

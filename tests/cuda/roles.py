@@ -223,15 +223,12 @@ class Cta:
                 if not (held and left == 1 and warp >= 4):
                     self.empty_tail[item & 1].arrive()
                 yield
-                if left == 1:
-                    yield from self.take_factors(warp, segment)
                 if not (held and left == 1):
                     self.release(warp, ring)
                 ring.advance()
                 item += 1
                 yield
-            if blocks == 0:
-                yield from self.take_factors(warp, segment)
+            yield from self.take_factors(warp, segment)
             self.leave(segment, pv=True)
             self.inv_empty.arrive()
             if held:

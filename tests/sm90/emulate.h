@@ -199,12 +199,6 @@ template <class Elem>
 PM_DEV void stmatrix_packed(u32 addr, const float* v) {
     stmatrix_x4(addr, pack2<Elem>(v[0], v[1]), pack2<Elem>(v[2], v[3]), pack2<Elem>(v[4], v[5]), pack2<Elem>(v[6], v[7]));
 }
-template <class Elem>
-PM_DEV void scatter2(u16* dst, i64 apart, float lo, float hi) {
-    const u32 word = pack2<Elem>(lo, hi);
-    dst[0] = u16(word);
-    dst[apart] = u16(word >> 16);
-}
 PM_DEV void partial_store(char* first, char* rest, const float* v) {
     u32 w[8];
     std::memcpy(w, v, 32);
