@@ -19,7 +19,7 @@
 //
 // Grid (m_tiles, h_kv, num_parts), one CTA an SM, persistent over its part of the
 // schedule.
-#include "decode_pv.h"
+#include "decode_few.h"
 
 namespace polymla {
 
@@ -62,9 +62,12 @@ PM_DEV void init_barriers(u32 smem, u32 warp, bool paired) {
     }
 }
 
-template <class Elem, bool ROPE, bool GATHER>
+enum Form { TMA, GATHERED, FEW_ROWS };
+
+template <class Elem, bool ROPE, Form FORM>
 PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const TensorMap* map_kpe, const TensorMap* map_q,
                    const TensorMap* map_q_pe) {
+    constexpr bool GATHER = FORM == GATHERED;
     extern __shared__ __align__(1024) char smem_raw[];
     const u32 smem = smem_addr(smem_raw);
     const u32 warp = uniform(threadIdx.x / 32);
@@ -99,14 +102,18 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
     pdl_launch_dependents();
     PM_MARK(0, 0, 12);
 
-    if (warp < 4) {
+    if (FORM == FEW_ROWS && warp < 4) {
+        FewQk<Elem, ROPE>::run(p, smem);
+    } else if (FORM == FEW_ROWS && warp < 12) {
+        FewPv<Elem, ROPE>::run(p, smem, warp / 4 - 1);
+    } else if (warp < 4) {
         reg_inc<168>();
         QkWarpgroup<Elem, ROPE, GATHER>::run(p, smem);
     } else if (warp < 12) {
         reg_inc<160>();
         PvWarpgroup<Elem, ROPE, GATHER>::run(p, smem, warp / 4 - 1);
     } else {
-        reg_dec<24>();
+        if (FORM != FEW_ROWS) reg_dec<24>();
         if (warp == 14) prefetch_table(p, meta);
         // Lengths are a part's second trip to memory; bring the first ones closer during its first. Then what the merge reads.
         if (warp == 13) {
@@ -122,17 +129,17 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
             else
                 GatherLoader<ROPE>::run_side(p, smem, warp - 12);
         } else if (warp == 14) {
-            LateLoader<ROPE>::run(p, map_ckv, map_q, map_q_pe, smem);
-        } else if (paired) {
+            LateLoader<ROPE, FORM == FEW_ROWS>::run(p, map_ckv, map_q, map_q_pe, smem);
+        } else if (FORM == TMA && paired) {
             if (warp == 12)
-                SideLoader<ROPE, 0, true>::run(p, map_ckv, map_kpe, map_q, smem);
+                SideLoader<ROPE, 0, true, false>::run(p, map_ckv, map_kpe, map_q, smem);
             else
-                SideLoader<ROPE, 1, true>::run(p, map_ckv, map_kpe, map_q, smem);
+                SideLoader<ROPE, 1, true, false>::run(p, map_ckv, map_kpe, map_q, smem);
         } else {
             if (warp == 12)
-                SideLoader<ROPE, 0, false>::run(p, map_ckv, map_kpe, map_q, smem);
+                SideLoader<ROPE, 0, false, FORM == FEW_ROWS>::run(p, map_ckv, map_kpe, map_q, smem);
             else
-                SideLoader<ROPE, 1, false>::run(p, map_ckv, map_kpe, map_q, smem);
+                SideLoader<ROPE, 1, false, FORM == FEW_ROWS>::run(p, map_ckv, map_kpe, map_q, smem);
         }
     }
     PM_TIME(1);
@@ -144,26 +151,30 @@ PM_DEV void decode(const DecodeParams& p, const TensorMap* map_ckv, const Tensor
 
 }  // namespace polymla
 
-#define POLYMLA_DECODE(NAME, ELEM, ROPE, GATHER)                                                             \
+#define POLYMLA_DECODE(NAME, ELEM, ROPE, FORM)                                                               \
     extern "C" __global__ void __launch_bounds__(512, 1)                                                     \
         NAME(const __grid_constant__ polymla::DecodeParams p, const __grid_constant__ polymla::TensorMap ckv, \
              const __grid_constant__ polymla::TensorMap kpe, const __grid_constant__ polymla::TensorMap q,   \
              const __grid_constant__ polymla::TensorMap q_pe) {                                              \
-        polymla::decode<polymla::ELEM, ROPE, GATHER>(p, &ckv, &kpe, &q, &q_pe);                              \
+        polymla::decode<polymla::ELEM, ROPE, FORM>(p, &ckv, &kpe, &q, &q_pe);                              \
     }
 
 // The host compiles one kernel at a time, so that a first start without nvcc compiles only what it needs.
 #ifdef POLYMLA_DECODE_NAME
-POLYMLA_DECODE(POLYMLA_DECODE_NAME, POLYMLA_DECODE_ELEM, POLYMLA_DECODE_ROPE, POLYMLA_DECODE_GATHER)
+POLYMLA_DECODE(POLYMLA_DECODE_NAME, POLYMLA_DECODE_ELEM, POLYMLA_DECODE_ROPE, polymla::POLYMLA_DECODE_FORM)
 #else
-POLYMLA_DECODE(polymla_decode_bf16_d576_tma, Bf16, true, false)
+POLYMLA_DECODE(polymla_decode_bf16_d576_tma, Bf16, true, polymla::TMA)
+POLYMLA_DECODE(polymla_decode_bf16_d576_few, Bf16, true, polymla::FEW_ROWS)
 #ifndef POLYMLA_ONE_KERNEL
-POLYMLA_DECODE(polymla_decode_bf16_d576_gather, Bf16, true, true)
-POLYMLA_DECODE(polymla_decode_bf16_d512_tma, Bf16, false, false)
-POLYMLA_DECODE(polymla_decode_bf16_d512_gather, Bf16, false, true)
-POLYMLA_DECODE(polymla_decode_f16_d576_tma, F16, true, false)
-POLYMLA_DECODE(polymla_decode_f16_d576_gather, F16, true, true)
-POLYMLA_DECODE(polymla_decode_f16_d512_tma, F16, false, false)
-POLYMLA_DECODE(polymla_decode_f16_d512_gather, F16, false, true)
+POLYMLA_DECODE(polymla_decode_bf16_d576_gather, Bf16, true, polymla::GATHERED)
+POLYMLA_DECODE(polymla_decode_bf16_d512_tma, Bf16, false, polymla::TMA)
+POLYMLA_DECODE(polymla_decode_bf16_d512_gather, Bf16, false, polymla::GATHERED)
+POLYMLA_DECODE(polymla_decode_f16_d576_tma, F16, true, polymla::TMA)
+POLYMLA_DECODE(polymla_decode_f16_d576_gather, F16, true, polymla::GATHERED)
+POLYMLA_DECODE(polymla_decode_f16_d512_tma, F16, false, polymla::TMA)
+POLYMLA_DECODE(polymla_decode_f16_d512_gather, F16, false, polymla::GATHERED)
+POLYMLA_DECODE(polymla_decode_bf16_d512_few, Bf16, false, polymla::FEW_ROWS)
+POLYMLA_DECODE(polymla_decode_f16_d576_few, F16, true, polymla::FEW_ROWS)
+POLYMLA_DECODE(polymla_decode_f16_d512_few, F16, false, polymla::FEW_ROWS)
 #endif
 #endif

@@ -101,7 +101,7 @@ PM_DEV void announce(u32 bar, u32 bytes) {
 }
 
 // One side of the stages, Q and KV.
-template <bool ROPE, u32 SIDE, bool PAIRED>
+template <bool ROPE, u32 SIDE, bool PAIRED, bool FEW_ROWS>
 struct SideLoader {
     static constexpr u32 GROUPS = SIDE ? 3 : 4;                     // of 64 latent columns
     static constexpr u32 TILES = GROUPS + (SIDE && ROPE ? 1 : 0);   // of a KV block
@@ -146,7 +146,7 @@ struct SideLoader {
                 continue;
             }
             // Of a part's first segment the late loader brings Q, so that its KV is asked for at once.
-            if (!first) {
+            if (!FEW_ROWS && !first) {
                 mbar_wait(free + kv.stage() * 8, kv.parity() ^ 1);
                 announce(full + kv.stage() * 8, q_bytes(p, GROUPS));
 #pragma unroll 1
@@ -155,7 +155,7 @@ struct SideLoader {
                            ld_shared(rec + SEG_REQ), blockIdx.x ^ cta, cluster_rank() ^ cta);
             }
             first = false;
-            kv.advance();
+            if (!FEW_ROWS) kv.advance();
 #pragma unroll 1
             for (int blk = ld_shared(rec + SEG_BEGIN); blk < ld_shared(rec + SEG_END); ++blk) {
                 const BoxAt at = locate(p, rec, blk, mine);
@@ -187,7 +187,7 @@ struct SideLoader {
     }
 };
 
-template <bool ROPE>
+template <bool ROPE, bool FEW_ROWS>
 struct LateLoader {
     static PM_DEV void run(const DecodeParams& p, const TensorMap* map, const TensorMap* map_q, const TensorMap* map_q_pe,
                            u32 smem) {
@@ -200,20 +200,26 @@ struct LateLoader {
             mbar_wait(smem + Smem::done_q, (seg & 1) ^ 1);
             const bool none = !has_blocks(rec);
             const u32 stage = smem + Smem::kv, stage_full = smem + Smem::full;      // where a part's first Q goes
-            const bool whole = first && !none;
+            const bool whole = !FEW_ROWS && first && !none;
             if (whole) {
                 first = false;
                 announce(stage_full, q_bytes(p, 4));
                 announce(stage_full + STAGES * 8, q_bytes(p, 3));
             }
-            announce(full, none ? 0 : q_bytes(p, ROPE ? 2 : 1));
+            announce(full, none ? 0 : FEW_ROWS ? u32(p.s_q * p.heads_per_kv) * 128 * (ROPE ? 9 : 8) : q_bytes(p, ROPE ? 2 : 1));
             int row = blockIdx.x * TILE_M;
             u32 at_row = 0;
 #pragma unroll 1
             for (int n = none ? 0 : q_boxes(p, blockIdx.x); n > 0; --n) {
                 const RowIndex r(p, row);
                 const int req = ld_shared(rec + SEG_REQ);
-                if (elect_one()) {
+                if (FEW_ROWS) {
+                    if (elect_one()) {
+#pragma unroll 1
+                        for (u32 g = 0; g < 8; ++g) tma_load_5d(smem + Smem::q_rope + g * FEW_Q + at_row, map_q, full, r.h, g, r.s, req);
+                        if (ROPE) tma_load_4d(smem + Smem::q_rope + 8 * FEW_Q + at_row, map_q_pe, full, r.h, r.s, req);
+                    }
+                } else if (elect_one()) {
 #pragma unroll 1
                     for (u32 g = whole ? 0 : 7; g < 8; ++g)
                         tma_load_5d((g < 7 ? stage + g * SUB : smem + Smem::q_tail) + at_row, map_q,

@@ -271,6 +271,13 @@ PM_DEV void stmatrix_x4(u32 addr, u32 a, u32 b, u32 c, u32 d) {
                  : "memory");
 }
 
+// Each 8 x 8 block transposed.
+PM_DEV void stmatrix_x4_trans(u32 addr, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+}
+
 PM_DEV uint4 ld_shared_v4(u32 addr) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(addr) : "memory");
@@ -324,6 +331,11 @@ PM_DEV int ld_shared(u32 addr) {
     return v;
 }
 PM_DEV float ld_shared_f(u32 addr) { return __int_as_float(ld_shared(addr)); }
+PM_DEV float2 ld_shared_f2(u32 addr) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(addr) : "memory");
+    return v;
+}
 PM_DEV void st_shared(u32 addr, int v) { asm volatile("st.shared.s32 [%0], %1;" ::"r"(addr), "r"(v) : "memory"); }
 PM_DEV void st_shared_f(u32 addr, float v) { st_shared(addr, __float_as_int(v)); }
 PM_DEV int ld_shared_i8(u32 addr) {

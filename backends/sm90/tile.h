@@ -53,6 +53,15 @@ struct Smem {
 static_assert(Smem::full % 8 == 0 && Smem::segment % 8 == 0, "mbarriers are 8 bytes");
 static_assert(Smem::total <= 232448, "one CTA has 227 KiB of shared memory");
 
+// The few-rows kernel: Q is nine tiles of 16 rows x 64 columns from q_rope on (the rope columns last), limits and factors are of 16 rows.
+constexpr int FEW = 16;             // most rows
+constexpr u32 FEW_Q = FEW * 128;    // a tile
+struct SmemFew {
+    static constexpr u32 warps = Smem::limit + FEW * 4;     // f32 [4][16]: something of each QK warp for each row
+    static constexpr u32 inv = Smem::inv + 192;             // f32 [16]
+};
+static_assert(9 * FEW_Q == Smem::scale - Smem::q_rope && SmemFew::warps + 4 * FEW * 4 <= SmemFew::inv, "places");
+
 // Named barriers (0 is __syncthreads).
 enum Barrier { BAR_QK = 1, BAR_TAIL = 2 };   // BAR_TAIL + half
 

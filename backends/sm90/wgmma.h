@@ -30,6 +30,12 @@ PM_DEV void qk_step_shared(float (&d)[32], Desc q, Desc k);
 template <class Elem>
 PM_DEV void pv_step(float (&d)[64], Desc p, Desc v, int accumulate);
 
+// The few-rows kernel: S^T[64 tokens x 16 rows] (+)= K[64 x 16] Q[16 x 16]^T, and O^T[64 columns x 16 rows] += V[16 tokens x 64]^T P^T.
+template <class Elem>
+PM_DEV void few_qk_step(float (&d)[8], Desc k, Desc q, int accumulate);
+template <class Elem>
+PM_DEV void few_pv_step(float (&d)[8], Desc v, Desc p);
+
 #ifndef POLYMLA_EMULATED
 // One body for both element types; %n are the accumulators, then the operands.
 #define PM_WGMMA(ELEM, TYPE)                                                                                      \
@@ -83,6 +89,26 @@ PM_DEV void pv_step(float (&d)[64], Desc p, Desc v, int accumulate);
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) \
         : "r"(p.low), "r"(p.high), "r"(v.low), "r"(v.high), "r"(accumulate));                                                             \
     }
+#define PM_WGMMA_FEW(ELEM, TYPE)                                                                                                    \
+    template <>                                                                                                                      \
+    PM_DEV void few_qk_step<ELEM>(float (&d)[8], Desc k, Desc q, int accumulate) {                                                   \
+        asm volatile(                                                                                                                \
+            "{\n .reg .pred p;\n .reg .b64 a, b;\n setp.ne.b32 p, %12, 0;\n mov.b64 a, {%8, %9};\n mov.b64 b, {%10, %11};\n"           \
+            " wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " {%0, %1, %2, %3, %4, %5, %6, %7}, a, b, p, 1, 1, 0, 0;\n}\n" \
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])                         \
+            : "r"(k.low), "r"(k.high), "r"(q.low), "r"(q.high), "r"(accumulate));                                                    \
+    }                                                                                                                                \
+    template <>                                                                                                                      \
+    PM_DEV void few_pv_step<ELEM>(float (&d)[8], Desc v, Desc p) {                                                                   \
+        asm volatile(                                                                                                                \
+            "{\n .reg .b64 a, b;\n mov.b64 a, {%8, %9};\n mov.b64 b, {%10, %11};\n"                                                  \
+            " wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " {%0, %1, %2, %3, %4, %5, %6, %7}, a, b, 1, 1, 1, 1, 0;\n}\n" \
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])                         \
+            : "r"(v.low), "r"(v.high), "r"(p.low), "r"(p.high));                                                                     \
+    }
+PM_WGMMA_FEW(Bf16, "bf16")
+PM_WGMMA_FEW(F16, "f16")
+#undef PM_WGMMA_FEW
 PM_WGMMA(Bf16, "bf16")
 PM_WGMMA(F16, "f16")
 #undef PM_WGMMA

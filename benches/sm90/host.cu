@@ -20,16 +20,20 @@ namespace {
 #define polymla_decode_bf16_d512_gather polymla_decode_bf16_d576_tma
 #define polymla_decode_f16_d576_tma polymla_decode_bf16_d576_tma
 #define polymla_decode_f16_d576_gather polymla_decode_bf16_d576_tma
+#define polymla_decode_bf16_d512_few polymla_decode_bf16_d576_few
+#define polymla_decode_f16_d512_few polymla_decode_bf16_d576_few
+#define polymla_decode_f16_d576_few polymla_decode_bf16_d576_few
 #define polymla_decode_f16_d512_tma polymla_decode_bf16_d576_tma
 #define polymla_decode_f16_d512_gather polymla_decode_bf16_d576_tma
 #endif
 
 typedef void (*DecodeKernel)(const DecodeParams, const TensorMap, const TensorMap, const TensorMap, const TensorMap);
-// [f16][rope][gather]
-DecodeKernel kernels[2][2][2] = {{{polymla_decode_bf16_d512_tma, polymla_decode_bf16_d512_gather},
-                                  {polymla_decode_bf16_d576_tma, polymla_decode_bf16_d576_gather}},
-                                 {{polymla_decode_f16_d512_tma, polymla_decode_f16_d512_gather},
-                                  {polymla_decode_f16_d576_tma, polymla_decode_f16_d576_gather}}};
+// [f16][rope][form]
+DecodeKernel kernels[2][2][3] = {
+    {{polymla_decode_bf16_d512_tma, polymla_decode_bf16_d512_gather, polymla_decode_bf16_d512_few},
+     {polymla_decode_bf16_d576_tma, polymla_decode_bf16_d576_gather, polymla_decode_bf16_d576_few}},
+    {{polymla_decode_f16_d512_tma, polymla_decode_f16_d512_gather, polymla_decode_f16_d512_few},
+     {polymla_decode_f16_d576_tma, polymla_decode_f16_d576_gather, polymla_decode_f16_d576_few}}};
 
 decltype(&cuTensorMapEncodeTiled) encode_fn;
 
@@ -96,7 +100,7 @@ extern "C" int pm_schedule(const ScheduleParams* p, void* stream) {
     return check(cudaGetLastError(), "schedule");
 }
 
-// form: 0 tma, 1 gather. combine_ctas 0: no combine.
+// form: 0 tma, 1 gather, 2 few rows. combine_ctas 0: no combine.
 extern "C" int pm_decode(const DecodeParams* p, const TensorMap* maps, int f16, int rope, int form, int combine_ctas,
                          void* stream) {
     cudaLaunchAttribute attr[1];

@@ -46,6 +46,7 @@ def build(defines=(), tag=""):
 
 
 SMS = 132
+FEW = os.environ.get("FEW", "1") == "1"     # the few-rows kernel where it fits
 COST = dict(cost_segment=48, cost_split=8, cost_combine=16, min_split_blocks=1)
 
 
@@ -66,7 +67,7 @@ class Call:
         box = min(heads, 64) if s_q == 1 else max(r for r in (64, 32, 16, 8, 1) if heads % r == 0)
         tma = (page % 64 == 0 or (64 % page == 0 and page >= 8)) and (s_q == 1 or box >= 8)
         if form is None:
-            form = 0 if tma else 1
+            form = (2 if rows <= 16 and FEW else 0) if tma else 1
         num_parts = parts or max(1, SMS // (m_tiles * h_kv))
         self.form, self.f16, self.rope, self.combine_ctas = form, int(f16), int(rope), combine_ctas
         self.out = torch.full((b, s_q, h_q, dv), float("nan"), dtype=q.dtype, device=dev) if out is None else out
@@ -254,6 +255,8 @@ def check(lib, golden):
         c0 = Call(lib, q, kv, table, lens, causal=causal)
         if c0.form != 1:
             forms.append(1)
+        if c0.form == 2:
+            forms.append(0)
         for form in forms:
             for fixed in ((0, 2) if form is None else (0,)):
                 c = Call(lib, q, kv, table, lens, causal=causal, form=form, fixed=fixed, parts=parts)

@@ -23,6 +23,12 @@ static char second_cta[232448] __attribute__((aligned(1024)));
     }                                                                                                                            \
     template <> void pv_step<ELEM>(float (&d)[64], Desc p, Desc v, int accumulate) {                                             \
         emulated::issue({d, 128, accumulate, is_f16<ELEM>, 0, 1, p.low, p.high, v.low, v.high, {}});                             \
+    }                    \
+    template <> void few_qk_step<ELEM>(float (&d)[8], Desc k, Desc q, int accumulate) {                                          \
+        emulated::issue({d, 16, accumulate, is_f16<ELEM>, 0, 0, k.low, k.high, q.low, q.high, {}});                              \
+    }                                                                                                                            \
+    template <> void few_pv_step<ELEM>(float (&d)[8], Desc v, Desc p) {                                                          \
+        emulated::issue({d, 16, 1, is_f16<ELEM>, 1, 0, v.low, v.high, p.low, p.high, {}});                                       \
     }
 STEPS(Bf16)
 STEPS(F16)
@@ -334,17 +340,17 @@ void products_done() {
 using namespace polymla;
 namespace {
 struct Arguments { const DecodeParams* p; const TensorMap* maps; };
-template <class Elem, bool ROPE, bool GATHER>
+template <class Elem, bool ROPE, Form FORM>
 void decode_entry(const void* x) {
     const Arguments& a = *static_cast<const Arguments*>(x);
-    decode<Elem, ROPE, GATHER>(*a.p, &a.maps[0], &a.maps[1], &a.maps[2], &a.maps[3]);
+    decode<Elem, ROPE, FORM>(*a.p, &a.maps[0], &a.maps[1], &a.maps[2], &a.maps[3]);
 }
 template <class Elem>
 void combine_entry(const void* x) { combine<Elem>(*static_cast<const DecodeParams*>(x)); }
 void schedule_entry(const void* x) { polymla_schedule(*static_cast<const ScheduleParams*>(x)); }
 
-#define FORMS(ELEM, ROPE) {decode_entry<ELEM, ROPE, false>, decode_entry<ELEM, ROPE, true>}
-void (*const DECODE[2][2][2])(const void*) = {{FORMS(Bf16, false), FORMS(Bf16, true)}, {FORMS(F16, false), FORMS(F16, true)}};
+#define FORMS(ELEM, ROPE) {decode_entry<ELEM, ROPE, TMA>, decode_entry<ELEM, ROPE, GATHERED>, decode_entry<ELEM, ROPE, FEW_ROWS>}
+void (*const DECODE[2][2][3])(const void*) = {{FORMS(Bf16, false), FORMS(Bf16, true)}, {FORMS(F16, false), FORMS(F16, true)}};
 
 // (64 columns, then `dims`), strides in elements.
 void encode(TensorMap* map, const void* base, int rows, std::vector<u64> dims, std::vector<i64> strides) {

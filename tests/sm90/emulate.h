@@ -180,6 +180,15 @@ PM_DEV void stmatrix_x4(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, words[4] = {a, b, c, d};
     for (u32 i = 0; i < 4; ++i) std::memcpy(emulated::shared(to[8 * i + g] + 4 * t, 4), &words[i], 4);
 }
+PM_DEV void stmatrix_x4_trans(u32 addr, u32 a, u32 b, u32 c, u32 d) {
+    const u32* to = static_cast<const u32*>(emulated::exchange(&addr, 4));
+    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, words[4] = {a, b, c, d};
+    for (u32 i = 0; i < 4; ++i)
+        for (u32 k = 0; k < 2; ++k) {
+            const u16 v = u16(words[i] >> 16 * k);
+            std::memcpy(emulated::shared(to[8 * i + 2 * t + k] + 2 * g, 2), &v, 2);
+        }
+}
 template <class T> PM_DEV T ld_shared_as(u32 addr) { T v; std::memcpy(&v, emulated::shared(addr, sizeof v), sizeof v); return v; }
 template <class T> PM_DEV void st_shared_as(u32 addr, T v) { std::memcpy(emulated::shared(addr, sizeof v), &v, sizeof v); }
 PM_DEV uint4 ld_shared_v4(u32 addr) { return ld_shared_as<uint4>(addr); }
@@ -187,6 +196,7 @@ PM_DEV void st_global_v4(void* addr, const uint4& v) { std::memcpy(addr, &v, 16)
 PM_DEV void st_shared_v4(u32 addr, u32 a, u32 b, u32 c, u32 d) { st_shared_as(addr, uint4{a, b, c, d}); }
 PM_DEV int ld_shared(u32 addr) { return ld_shared_as<int>(addr); }
 PM_DEV float ld_shared_f(u32 addr) { return ld_shared_as<float>(addr); }
+PM_DEV float2 ld_shared_f2(u32 addr) { return ld_shared_as<float2>(addr); }
 PM_DEV void st_shared(u32 addr, int v) { st_shared_as(addr, v); }
 PM_DEV void st_shared_f(u32 addr, float v) { st_shared_as(addr, v); }
 PM_DEV int ld_shared_i8(u32 addr) { return ld_shared_as<signed char>(addr); }
