@@ -123,7 +123,7 @@ impl Sm90Backend {
         // Two M tiles of a request load each other's KV.
         let paired = variant.form == Form::Tma && params.m_tiles % 2 == 0;
         // Without pages nothing is ever loaded, and a map of no pages would be refused.
-        if variant.form == Form::Tma && problem.num_pages() > 0 {
+        if variant.form != Form::Gather && problem.num_pages() > 0 {
             self.encode_maps(problem, &params, paired, &mut maps)?;
         }
         let (decode, combine) = (self.decode(variant)?, self.combine(problem)?);

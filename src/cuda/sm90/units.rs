@@ -3,7 +3,7 @@
 use super::Unit;
 
 macro_rules! decode {
-    ($name:literal, $elem:literal, $rope:literal, $gather:literal) => {
+    ($name:literal, $elem:literal, $rope:literal, $form:literal) => {
         (
             concat!("decode_", $name),
             "decode.cu",
@@ -11,7 +11,7 @@ macro_rules! decode {
                 concat!("POLYMLA_DECODE_NAME=polymla_decode_", $name),
                 concat!("POLYMLA_DECODE_ELEM=", $elem),
                 concat!("POLYMLA_DECODE_ROPE=", $rope),
-                concat!("POLYMLA_DECODE_GATHER=", $gather),
+                concat!("POLYMLA_DECODE_FORM=", $form),
             ],
         )
     };
@@ -20,12 +20,16 @@ macro_rules! decode {
 pub(crate) const UNITS: &[Unit] = &[
     ("schedule", "schedule.cu", &[]),
     ("combine", "combine.cu", &[]),
-    decode!("bf16_d576_tma", "Bf16", "true", "false"),
-    decode!("bf16_d576_gather", "Bf16", "true", "true"),
-    decode!("bf16_d512_tma", "Bf16", "false", "false"),
-    decode!("bf16_d512_gather", "Bf16", "false", "true"),
-    decode!("f16_d576_tma", "F16", "true", "false"),
-    decode!("f16_d576_gather", "F16", "true", "true"),
-    decode!("f16_d512_tma", "F16", "false", "false"),
-    decode!("f16_d512_gather", "F16", "false", "true"),
+    decode!("bf16_d576_tma", "Bf16", "true", "TMA"),
+    decode!("bf16_d576_gather", "Bf16", "true", "GATHERED"),
+    decode!("bf16_d576_few", "Bf16", "true", "FEW_ROWS"),
+    decode!("bf16_d512_tma", "Bf16", "false", "TMA"),
+    decode!("bf16_d512_gather", "Bf16", "false", "GATHERED"),
+    decode!("bf16_d512_few", "Bf16", "false", "FEW_ROWS"),
+    decode!("f16_d576_tma", "F16", "true", "TMA"),
+    decode!("f16_d576_gather", "F16", "true", "GATHERED"),
+    decode!("f16_d576_few", "F16", "true", "FEW_ROWS"),
+    decode!("f16_d512_tma", "F16", "false", "TMA"),
+    decode!("f16_d512_gather", "F16", "false", "GATHERED"),
+    decode!("f16_d512_few", "F16", "false", "FEW_ROWS"),
 ];

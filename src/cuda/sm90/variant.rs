@@ -10,7 +10,7 @@ use crate::tensor::DType;
 /// Query rows that one CTA handles.
 pub(super) const TILE_M: usize = 64;
 
-/// How KV reaches shared memory.
+/// How KV reaches shared memory, and what is multiplied with what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Form {
     /// TMA.
@@ -18,7 +18,12 @@ pub(super) enum Form {
     /// cp.async, for page sizes that neither divide a block nor are made of whole ones, for several query rows of head counts
     /// that boxes cannot hold, and for outputs that are not written 16 bytes at a time.
     Gather,
+    /// TMA, and the matrix products transposed: for up to 16 rows, where most of a tile would be padding.
+    Few,
 }
+
+/// Most packed query rows of [`Form::Few`].
+const FEW_ROWS: usize = 16;
 
 /// A decode kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,14 +50,18 @@ pub(super) fn q_box_rows(problem: &Problem) -> Option<u32> {
 
 impl Variant {
     /// How many there are.
-    pub(super) const COUNT: usize = 8;
+    pub(super) const COUNT: usize = 12;
 
     /// The kernel for a problem whose `out` has rows of contiguous, aligned columns, as most have.
     pub(super) fn of(problem: &Problem) -> Variant {
         let page = problem.page_size();
         // The swizzle repeats every 8 rows, so a box of fewer would have to begin in the middle of a pattern.
         let tma = page.is_multiple_of(BLOCK_TOKENS) || (page >= 8 && BLOCK_TOKENS.is_multiple_of(page));
-        let form = if tma && q_box_rows(problem).is_some() { Form::Tma } else { Form::Gather };
+        let form = match tma && q_box_rows(problem).is_some() {
+            true if problem.s_q() * problem.heads_per_kv() <= FEW_ROWS => Form::Few,
+            true => Form::Tma,
+            false => Form::Gather,
+        };
         Variant { bf16: problem.dtype() == DType::Bf16, rope: problem.rope() > 0, form }
     }
 
@@ -63,7 +72,7 @@ impl Variant {
     }
 
     fn index(self) -> usize {
-        usize::from(!self.bf16) * 4 + usize::from(!self.rope) * 2 + self.form as usize
+        usize::from(!self.bf16) * 6 + usize::from(!self.rope) * 3 + self.form as usize
     }
 
     /// The unit that holds it; the kernel's name is this with `polymla_` before it.
@@ -71,12 +80,16 @@ impl Variant {
         const NAMES: [&str; Variant::COUNT] = [
             "decode_bf16_d576_tma",
             "decode_bf16_d576_gather",
+            "decode_bf16_d576_few",
             "decode_bf16_d512_tma",
             "decode_bf16_d512_gather",
+            "decode_bf16_d512_few",
             "decode_f16_d576_tma",
             "decode_f16_d576_gather",
+            "decode_f16_d576_few",
             "decode_f16_d512_tma",
             "decode_f16_d512_gather",
+            "decode_f16_d512_few",
         ];
         NAMES[self.index()]
     }
