@@ -53,11 +53,11 @@ PM_DEV void init_barriers(u32 smem, u32 warp, bool paired) {
                           in_bytes(LOAD, 4, 4, 4, 1, 1, 4, 8)};
     const u32 i = warp % 8;
     if (threadIdx.x % 32 == 0) {
-        mbar_init(smem + Smem::full + warp * 8, u32((warp < 8 ? words[0] : words[1]) >> 8 * i) & 255);
+        mbar_init(smem + Smem::full + warp * 8, arrivals(u32((warp < 8 ? words[0] : words[1]) >> 8 * i) & 255));
         if (warp < 8)
-            mbar_init(smem + Smem::full + (16 + i) * 8, u32(words[2] >> 8 * i) & 255);
+            mbar_init(smem + Smem::full + (16 + i) * 8, arrivals(u32(words[2] >> 8 * i) & 255));
         else
-            mbar_init(segment_record(smem, i / 2) + (i % 2 ? SEG_EMPTY : SEG_FULL), i % 2 ? SEG_READERS : 1);
+            mbar_init(segment_record(smem, i / 2) + (i % 2 ? SEG_EMPTY : SEG_FULL), arrivals(i % 2 ? SEG_READERS : 1));
         mbar_init_fence();
     }
 }

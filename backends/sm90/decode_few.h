@@ -145,14 +145,14 @@ struct FewQk {
                                   pack2<Elem>(s[4], s[5]), pack2<Elem>(s[6], s[7]));
                 fence_async_shared();
                 __syncwarp();
-                if (lane == 0) mbar_arrive(smem + Smem::p_full + buf * 8);
+                if (arrives(lane)) mbar_arrive(smem + Smem::p_full + buf * 8);
                 PM_MARK(0, item, 7);
                 turn = turn == 2 * STAGES - 1 ? 0 : turn + 1;
                 ++item;
                 --left;
             }
             __syncwarp();
-            if (lane == 0) mbar_arrive(smem + Smem::done_q);
+            if (arrives(lane)) mbar_arrive(smem + Smem::done_q);
             // Sums of rows: over eight lanes, then four warps.
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -184,7 +184,7 @@ struct FewQk {
                 }
             }
             __syncwarp();
-            if (lane == 0) mbar_arrive(smem + Smem::inv_full);
+            if (arrives(lane)) mbar_arrive(smem + Smem::inv_full);
             leave_segment(rec);
         }
     }
@@ -285,7 +285,7 @@ struct FewPv {
                 }
                 wgmma_wait<1>();
                 const bool held = left == 0;        // O goes out by way of the last block's place
-                if (lane == 0 && !held) mbar_arrive(smem + Smem::empty_tail + buf * 8);
+                if (arrives(lane) && !held) mbar_arrive(smem + Smem::empty_tail + buf * 8);
                 wgmma_wait<0>();
                 PM_MARK(1 + half, item, 5);
 #pragma unroll
@@ -303,7 +303,7 @@ struct FewPv {
             // The first row's of this lane, where there are no blocks: 0, or NaN of an invalid request.
             const float empty = 0.0f * ld_shared_f(smem + SmemFew::inv);
             leave_segment(rec);
-            if (lane == 0) mbar_arrive(smem + Smem::inv_empty);
+            if (arrives(lane)) mbar_arrive(smem + Smem::inv_empty);
             const u32 last = stage == 0 ? STAGES - 1 : stage - 1, buf = ~item & 1;
             const u32 stage_addr = smem + Smem::kv + last * STAGE_BYTES;
             const typename Pv::Place place = Pv::place_of(stage_addr, smem + Smem::tail + buf * SUB, half);
@@ -320,7 +320,7 @@ struct FewPv {
             if (placed) {
                 fence_async_shared();
                 __syncwarp();
-                if (lane == 0) mbar_arrive(smem + Smem::empty_tail + buf * 8);
+                if (arrives(lane)) mbar_arrive(smem + Smem::empty_tail + buf * 8);
                 Pv::release(smem, last, half);
             }
         }

@@ -135,7 +135,7 @@ struct PvWarpgroup {
 
     // This warp is done with a stage. Both halves read P, which lies on the right side.
     static PM_DEV void release(u32 smem, u32 stage, u32 half) {
-        if (threadIdx.x % 32 != 0) return;
+        if (!arrives(threadIdx.x % 32)) return;
         if (half == 0) arrive_empty(smem, stage, 0, 0);
         arrive_empty(smem, stage, 1, cluster_size() - 1);
     }
@@ -203,7 +203,7 @@ struct PvWarpgroup {
                 // O of a whole request goes out by way of the last block's place.
                 const bool held = left == 0 && ld_shared(rec + SEG_SLOT) < 0;
                 __syncwarp();
-                if (threadIdx.x % 32 == 0 && !(half && held)) mbar_arrive(smem + Smem::empty_tail + buf * 8);
+                if (arrives(threadIdx.x % 32) && !(half && held)) mbar_arrive(smem + Smem::empty_tail + buf * 8);
                 wgmma_wait<0>();
                 PM_MARK(1 + half, item, 5);
                 fence_regs(o[0]);
@@ -219,14 +219,14 @@ struct PvWarpgroup {
             const int req = ld_shared(rec + SEG_REQ), slot = int(uniform(u32(ld_shared(rec + SEG_SLOT))));
             take_factors(inv, smem, seg);
             leave_segment(rec);
-            if (threadIdx.x % 32 == 0) mbar_arrive(smem + Smem::inv_empty);
+            if (arrives(threadIdx.x % 32)) mbar_arrive(smem + Smem::inv_empty);
             const u32 last = stage == 0 ? STAGES - 1 : stage - 1, buf = ~item & 1;      // of the last block
             const bool placed = fresh;
             store(p, o, inv, req, slot, smem, last, buf, placed, half);
             if (placed && slot < 0) {
                 fence_async_shared();
                 __syncwarp();
-                if (half && threadIdx.x % 32 == 0) mbar_arrive(smem + Smem::empty_tail + buf * 8);
+                if (half && arrives(threadIdx.x % 32)) mbar_arrive(smem + Smem::empty_tail + buf * 8);
                 release(smem, last, half);
             }
             PM_MARK(1 + half, item - 1, 8);

@@ -47,7 +47,7 @@ struct QkWarpgroup {
         PM_MARK(6, 0, 1);
         fence_async_shared();
         __syncwarp();
-        if (lane == 0) {
+        if (arrives(lane)) {
             // The stage goes back in place of the PV warpgroups, which have no use for Q.
             const u32 empty = smem + Smem::empty + kv.stage() * 8;
             mbar_arrive_cluster(map_to_rank(empty, 0));
@@ -81,7 +81,7 @@ struct QkWarpgroup {
     static PM_DEV void hand_over(u32 smem, u32 buf, bool open) {
         fence_async_shared();
         __syncwarp();
-        if (threadIdx.x % 32 == 0) mbar_arrive(smem + Smem::p_full + buf * 8);
+        if (arrives(threadIdx.x % 32)) mbar_arrive(smem + Smem::p_full + buf * 8);
         if (open && threadIdx.x == 0) mbar_arrive(smem + Smem::gate + buf * 8);
     }
 
@@ -274,7 +274,7 @@ struct QkWarpgroup {
             }
             // Without blocks nothing else keeps this lane from getting two phases ahead of another's wait above.
             __syncwarp();
-            if (opaque(threadIdx.x) % 32 == 0) mbar_arrive(smem + Smem::done_q);
+            if (arrives(opaque(threadIdx.x) % 32)) mbar_arrive(smem + Smem::done_q);
             l[0] += __shfl_xor_sync(0xffffffffu, l[0], 1);
             l[1] += __shfl_xor_sync(0xffffffffu, l[1], 1);
             l[0] += __shfl_xor_sync(0xffffffffu, l[0], 2);
@@ -290,7 +290,7 @@ struct QkWarpgroup {
                 st_shared_f(at + 32, l[1] == 0.0f ? 0.0f : __fdividef(1.0f, l[1]));
             }
             __syncwarp();
-            if (tid % 32 == 0) mbar_arrive(smem + Smem::inv_full);
+            if (arrives(tid % 32)) mbar_arrive(smem + Smem::inv_full);
             const int req = ld_shared(record + SEG_REQ), slot = ld_shared(record + SEG_SLOT);
             leave_segment(record);
             store_rows(p, m, l, req, slot);

@@ -88,6 +88,17 @@ PM_DEV Desc desc_n_major(u32 addr, u32 apart) { return Desc{(apart >> 4) << 16 |
 // The query position that packed row `row` belongs to; the rest of the division is its head.
 PM_DEV int query_of(const DecodeParams& p, int row) { return p.heads_magic ? int(__umulhi(u32(row), p.heads_magic)) : row; }
 
+// ---- arrivals of whole warps ----------------------------------------------------------
+// After __syncwarp one lane arrives for its warp. racecheck does not follow that; with POLYMLA_ARRIVE_ALL, for it alone, all lanes do.
+#ifdef POLYMLA_ARRIVE_ALL
+constexpr u32 ARRIVALS = 32;
+#else
+constexpr u32 ARRIVALS = 1;
+#endif
+PM_DEV bool arrives(u32 lane) { return ARRIVALS == 32 || lane == 0; }
+// What a barrier counts, of `n`: loaders that arrive alone (1) or all (32), or so many warps.
+PM_DEV u32 arrivals(u32 n) { return n < 4 || n == 32 ? n : n * ARRIVALS; }
+
 // ---- segments ------------------------------------------------------------------------
 // A segment is one request's blocks [begin, end) within a part. The walker writes them as records
 // into a ring in shared memory; each role reads what it needs. Without blocks nothing is loaded or multiplied, but
@@ -115,7 +126,7 @@ PM_DEV bool wait_segment(u32 smem, u32 seg) {
 // This warp will not read or mark the record any more.
 PM_DEV void leave_segment(u32 rec) {
     __syncwarp();
-    if (opaque(threadIdx.x) % 32 == 0) mbar_arrive(rec + SEG_EMPTY);
+    if (arrives(opaque(threadIdx.x) % 32)) mbar_arrive(rec + SEG_EMPTY);
 }
 
 // ---- partial results -----------------------------------------------------------------------
