@@ -93,6 +93,11 @@ PM_DEV void pm_registers_pv() {}
 PM_DEV void pm_registers_qk() {}
 PM_DEV void pm_registers_copy() {}
 #endif
+// A value that is worked out here, ahead of what waits, and not where it is used.
+PM_DEV i64 pm_settled(i64 x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
 // As pm_thread, and worked out where it stands: what is made of it is not kept in registers from loop to loop.
 PM_DEV int pm_thread_again() {
     int i;

@@ -297,6 +297,7 @@ struct Decoder {
                 pm_copy_wait<(C::STAGES > 2 ? C::STAGES - 2 : 0)>();
                 pm_sync();              // tile i has landed, P V (i-1) is done
             }
+            if (i + 1 == tiles) pm_grid_release();      // not before: blocks that wait for this one take a multiprocessor
             if (next < tiles) {
                 copy(next, 0, C::STAGES == 1 ? here : free_stage);
                 if (C::HALVES == 1) loader.look_up(p, s, next + 1);

@@ -57,13 +57,28 @@ PM_DEV void store_pieces(const DecodeParams& p, int slot, int kv_head, int row0,
     }
 }
 
+// Where a lane's share of a piece is.
+struct PieceAt {
+    const char *high, *low;
+    PieceAt() = default;
+    PM_DEV PieceAt(const DecodeParams& p, int slot, int kv_head, int group, int chunk, int lane) {
+        const i64 piece = piece_group_at(p, slot, kv_head, group) + chunk * PIECE_BYTES;
+        high = reinterpret_cast<const char*>(p.partial_out) + pm_settled(piece + lane * 16);
+        low = reinterpret_cast<const char*>(p.partial_out) + pm_settled(piece + PIECE_LOW + lane * 8);
+    }
+    PM_DEV void next(i64 bytes) {
+        high += bytes;
+        low += bytes;
+    }
+};
+
 // A lane's share of a piece.
 struct PieceShare {
     Words4 high;
     Words2 low;
-    PM_DEV void load(const char* piece, int lane) {
-        high = *reinterpret_cast<const Words4*>(piece + lane * 16);
-        low = *reinterpret_cast<const Words2*>(piece + PIECE_LOW + lane * 8);
+    PM_DEV void load(const PieceAt& at) {
+        high = *reinterpret_cast<const Words4*>(at.high);
+        low = *reinterpret_cast<const Words2*>(at.low);
     }
     PM_DEV void clear() { high.w[0] = high.w[1] = high.w[2] = high.w[3] = low.w[0] = low.w[1] = 0; }
     // Value i is of column i / 2 * 8 + l % 4 * 2 + i % 2 of the piece.

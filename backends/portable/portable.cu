@@ -19,7 +19,6 @@
     PM_GLOBAL(256) NAME(const polymla::DecodeParams p) {                                                          \
         PM_SHARED_DYNAMIC(smem);                                                                                  \
         polymla::pm_grid_wait();                                                                                  \
-        polymla::pm_grid_release();                                                                               \
         polymla::Decoder<polymla::ELEM, polymla::PM_TILE<polymla::ELEM>,                                          \
                          polymla::ClassConfig<DK, DV, M>::type>::run(p, smem);                                    \
     }
@@ -29,7 +28,6 @@
     PM_GLOBAL(512) NAME(const polymla::DecodeParams p) {                                                          \
         PM_SHARED_DYNAMIC(smem);                                                                                  \
         polymla::pm_grid_wait();                                                                                  \
-        polymla::pm_grid_release();                                                                               \
         polymla::RoleDecoder<polymla::ELEM, polymla::PM_TILE<polymla::ELEM>,                                      \
                              polymla::ClassConfig<DK, DV, 64>::type>::run(p, smem);                               \
     }

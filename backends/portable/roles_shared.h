@@ -197,7 +197,10 @@ struct RoleShared {
                 pm_mbar_arrive(barrier(smem, SEGMENT + int(turn & 1)));
             }
             wait_slot(smem, SEGMENT, turn);
-            if (!slot.more) return;
+            if (!slot.more) {
+                pm_grid_release();      // not before: blocks that wait for this one take a multiprocessor
+                return;
+            }
             const Work w(slot.segment);
             if (w.tiles > 0) {
                 if (loads > 0) wait(smem, Q_EMPTY, loads - 1);

@@ -24,6 +24,7 @@ PM_DEV void pm_registers_pv() {}
 PM_DEV void pm_registers_qk() {}
 PM_DEV void pm_registers_copy() {}
 PM_DEV int pm_thread_again() { return simt::thread(); }
+PM_DEV i64 pm_settled(i64 x) { return x; }
 template <class T>
 struct ShflLane {
     T x, y;
