@@ -104,22 +104,16 @@ struct RoleShared {
     // compute-sanitizer does not understand it.)
     static PM_DEV void arrive(char* smem, int which) { pm_mbar_arrive(barrier(smem, which)); }
 
-    // Before anything else.
-    static PM_DEV void begin(const DecodeParams& params, int part, char* smem) {
-        if (pm_thread() >= COPY_FIRST) {    // first of all, for everybody waits for it
-            if (pm_thread() == COPY_FIRST) walk(smem).begin(params, part);
-            prefetch_table(params, part, pm_thread() - COPY_FIRST);
-        }
-        // By one lane of a warp: the instruction takes one address, and for the lanes' many there would be a loop over them.
-        if (pm_thread() < PV_THREADS && pm_thread() % 32 == 0) {
-#pragma unroll 1
-            for (int i = pm_thread() / 32; i < BARRIERS; i += PV_THREADS / 32) pm_mbar_init(barrier(smem, i), arrivals(i));
-            pm_mbar_init_done();
-        }
-        pm_sync();
+    static PM_DEV void fill(const DecodeParams& params, Slot& slot, bool more, Segment s) {
+        const bool bad = more && s.bad;
+        if (bad) report(params.status, s.req);
+        // With nowhere to put a partial result, the request becomes NaN.
+        if (s.slot >= params.slots) s.slot = -1;
+        slot.segment = s;
+        slot.more = more;
+        slot.bad = bad;
     }
 
-    // ---- copies ------------------------------------------------------------------------------------
     // One token of a tile, of a thread that has one.
     struct Token {
         int half, place;        // place: in the tile
@@ -135,14 +129,59 @@ struct RoleShared {
     };
     static_assert(COPY_THREADS / 32 * 8 == C::N / 2, "every token has a thread");
 
-    static PM_DEV void copy_tiles(const DecodeParams& params, const Segment& s, const Work& w, u32 done, int kv_head, int* bad, char* smem) {
+    // This thread's entry of the block table, for a tile; 0 where it has no token there.
+    static PM_DEV int look_up(const DecodeParams& params, int req, const Work& w, int tile) {
+        const u32 tok = Token().of(w, tile);
+        return tile < w.tiles && tok < u32(w.last) ? params.block_table[i64(req) * params.block_table_stride_b + page_index(params, int(tok))] : 0;
+    }
+
+    // What a copying thread finds out by itself, because everybody waits for its first copy: the first segment, and the table entry
+    // of this thread's token.
+    struct Start {
+        int more, req, entry;
+        Work work;
+    };
+
+    // Before anything else. The first segment is known to all afterwards.
+    static PM_DEV Start begin(const DecodeParams& params, int part, char* smem) {
+        Segment first = {};
+        bool more = false;
+        if (pm_thread() >= COPY_FIRST) {
+            SegmentWalk here;
+            here.begin(params, part);
+            prefetch_table(params, part, pm_thread() - COPY_FIRST);
+            more = here.next(params, first);
+            if (pm_thread() == COPY_FIRST) {
+                fill(params, slot_of(smem, 0), more, first);
+                walk(smem) = here;
+            }
+        }
+        const Work work(first);
+        const Start start = {more, first.req, more ? look_up(params, first.req, work, 0) : 0, work};
+        // By one lane of a warp: the instruction takes one address, and for the lanes' many there would be a loop over them.
+        if (pm_thread() >= QK_FIRST && pm_thread() < COPY_FIRST && pm_thread() % 32 == 0) {
+#pragma unroll 1
+            for (int i = (pm_thread() - QK_FIRST) / 32; i < BARRIERS; i += QK_THREADS / 32) pm_mbar_init(barrier(smem, i), arrivals(i));
+            pm_mbar_init_done();
+        }
+        pm_sync();
+        if (pm_thread() == COPY_FIRST) pm_mbar_arrive(barrier(smem, SEGMENT));
+        return start;
+    }
+
+    // Q of the first segment, by COPY_THREADS that have nothing else to do yet.
+    static PM_DEV void first_q(const DecodeParams& params, int kv_head, int row0, char* smem) {
+        const Slot& slot = slot_of(smem, 0);
+        if (!slot.more || Work(slot.segment).tiles == 0) return;
+        load_q<C, COPY_THREADS>(params, slot.segment.req, kv_head, row0, 0, smem, true);
+        pm_copy_arrive(barrier(smem, Q_FULL));
+    }
+
+    // ---- copies ------------------------------------------------------------------------------------
+    // `entry`: this thread's of the first tile.
+    static PM_DEV void copy_tiles(const DecodeParams& params, int req, const Work& w, int entry, u32 done, int kv_head, int* bad,
+                                  char* smem) {
         const Token token;
-        const int* table = params.block_table + i64(s.req) * params.block_table_stride_b;
-        auto look_up = [&](int tile) {
-            const u32 tok = token.of(w, tile);
-            return tile < w.tiles && tok < u32(w.last) ? table[page_index(params, int(tok))] : 0;
-        };
-        int entry = look_up(0);
 #pragma unroll 1
         for (int tile = 0; tile < w.tiles; ++tile) {
             const u32 count = done + u32(tile), tok = token.of(w, tile);
@@ -150,7 +189,7 @@ struct RoleShared {
             bool valid = tok < u32(w.last);
             if (valid && u32(entry) >= u32(params.num_pages)) {
                 *bad = 1;
-                report(params.status, s.req);
+                report(params.status, req);
                 valid = false;
             }
             const int place = valid ? int(tok) - page_index(params, int(tok)) * params.page_size : 0;
@@ -163,7 +202,6 @@ struct RoleShared {
                 pm_bulk_prefetch(row.nope, first_bytes);
                 if (!whole) pm_bulk_prefetch(row.pe, (C::DK - C::DV) * 2);
             }
-            entry = look_up(tile + 1);
             char* to = smem + kv + stage * STAGE_BYTES + token.place * ROW_BYTES;
 #pragma unroll 1
             for (int half = 0; half < 2; ++half) {
@@ -180,34 +218,41 @@ struct RoleShared {
                     pm_mbar_arrive(full);
                 }
             }
+            entry = look_up(params, req, w, tile + 1);      // behind the copy: the way to a segment's first one is everybody's
         }
     }
 
-    static PM_DEV void copy_role(const DecodeParams& params, int kv_head, int row0, char* smem) {
+    static PM_DEV void copy_role(const DecodeParams& params, const Start& start, int kv_head, int row0, char* smem) {
         u32 done = 0, loads = 0;            // tiles, and segments with keys, of the segments before
         for (u32 turn = 0;; ++turn) {
             Slot& slot = slot_of(smem, turn);
-            if (pm_thread() == COPY_FIRST) {
+            if (turn > 0 && pm_thread() == COPY_FIRST) {
                 if (turn > 1) wait_slot(smem, STORED, turn - 2);
-                slot.more = walk(smem).next(params, slot.segment);
-                slot.bad = slot.more && slot.segment.bad;
-                if (slot.bad) report(params.status, slot.segment.req);
-                // With nowhere to put a partial result, the request becomes NaN.
-                if (slot.more && slot.segment.slot >= params.slots) slot.segment.slot = -1;
+                Segment next = {};
+                const bool more = walk(smem).next(params, next);
+                fill(params, slot, more, next);
                 pm_mbar_arrive(barrier(smem, SEGMENT + int(turn & 1)));
             }
-            wait_slot(smem, SEGMENT, turn);
-            if (!slot.more) {
+            if (turn > 0) wait_slot(smem, SEGMENT, turn);
+            if (turn > 0 ? !slot.more : !start.more) {
                 pm_grid_release();      // not before: blocks that wait for this one take a multiprocessor
                 return;
             }
-            const Work w(slot.segment);
+            int req = start.req, entry = start.entry;
+            Work w = start.work;
+            if (turn > 0) {
+                req = slot.segment.req;
+                w = Work(slot.segment);
+                entry = look_up(params, req, w, 0);
+            }
             if (w.tiles > 0) {
-                if (loads > 0) wait(smem, Q_EMPTY, loads - 1);
-                load_q<C, COPY_THREADS>(params, slot.segment.req, kv_head, row0, 0, smem, true);
-                pm_copy_arrive(barrier(smem, Q_FULL));
+                if (turn > 0) {             // the first segment's is others'
+                    if (loads > 0) wait(smem, Q_EMPTY, loads - 1);
+                    load_q<C, COPY_THREADS>(params, req, kv_head, row0, 0, smem, true);
+                    pm_copy_arrive(barrier(smem, Q_FULL));
+                }
                 ++loads;
-                copy_tiles(params, slot.segment, w, done, kv_head, &slot.bad, smem);
+                copy_tiles(params, req, w, entry, done, kv_head, &slot.bad, smem);
                 done += u32(w.tiles);
             }
             arrive(smem, LOADED + int(turn & 1));
