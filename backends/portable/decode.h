@@ -254,24 +254,28 @@ struct Decoder {
         return v;
     }
 
-    static PM_DEV void segment(const DecodeParams& p, const Segment& s, int kv_head, int row0, char* smem) {
+    typedef KvLoader<C, DECODE_THREADS> Loader;
+    // What the copies of a segment wait for.
+    static PM_DEV void look_up(const DecodeParams& p, const Segment& s, Loader& loader) {
+        loader.first = s.begin * BLOCK_TOKENS;
+        loader.last = s.bad ? loader.first : int(i64(s.end) * BLOCK_TOKENS < s.len ? s.end * BLOCK_TOKENS : s.len);
+        loader.look_up(p, s, 0);
+    }
+
+    static PM_DEV void segment(const DecodeParams& p, const Segment& s, int kv_head, int row0, Loader& loader, char* smem) {
         int* limit = reinterpret_cast<int*>(smem + C::limit);
         int* bad = reinterpret_cast<int*>(smem + C::bad);
         float* scores = reinterpret_cast<float*>(smem + C::s);
-        typedef KvLoader<C, DECODE_THREADS> Loader;
-        Loader loader;
         auto copy = [&](int tile, int half, char* stage) {
             typename Loader::Found found;
             loader.find(p, s, kv_head, tile, half, bad, found);
             Loader::copy(found, half, stage, p.flags & FLAG_KV_VEC16);
         };
-        loader.first = s.begin * BLOCK_TOKENS;
-        loader.last = s.bad ? loader.first : int(i64(s.end) * BLOCK_TOKENS < s.len ? s.end * BLOCK_TOKENS : s.len);
         const int tokens = loader.last > loader.first ? loader.last - loader.first : 0;
         const int tiles = int((u32(tokens) + C::N - 1) / C::N);
 
-        loader.look_up(p, s, 0);
-        for (int r = pm_thread(); r < C::M; r += DECODE_THREADS) limit[r] = find_limit(p, s, row0, r);
+        static_assert(C::M <= DECODE_THREADS, "a row a thread");
+        if (pm_thread() < C::M) limit[pm_thread()] = find_limit(p, s, row0, pm_thread());
         if (s.bad) report(p.status, s.req);
         if (C::Q_COLS == C::DK && tiles > 0) load_q<C, DECODE_THREADS>(p, s.req, kv_head, row0, 0, smem, p.flags & FLAG_Q_VEC16);
 #pragma unroll
@@ -356,25 +360,43 @@ struct Decoder {
         int more;
     };
 
-    static PM_DEV void next_segment(const DecodeParams& p, State& state, char* smem) {
-        state.more = state.walk.next(p, state.segment);
+    static PM_DEV void fill(const DecodeParams& p, State& state, bool more, Segment s, char* smem) {
         // With nowhere to put a partial result, the request becomes NaN.
-        if (state.segment.slot >= p.slots) state.segment.slot = -1;
-        *reinterpret_cast<int*>(smem + C::bad) = state.segment.bad;
+        if (s.slot >= p.slots) s.slot = -1;
+        state.segment = s;
+        state.more = more;
+        *reinterpret_cast<int*>(smem + C::bad) = s.bad;
     }
 
     static PM_DEV void run(const DecodeParams& p, char* smem) {
         static_assert(sizeof(State) <= 64, "the room that config.h gives");
         const BlockPlace at(p, C::M);
         State& state = *reinterpret_cast<State*>(smem + C::state);
-        if (pm_thread() == 0) state.walk.begin(p, at.part);
-        prefetch_table(p, at.part, pm_thread());
-        for (;;) {
-            pm_sync();                  // the segment before is done with shared memory
-            if (pm_thread() == 0) next_segment(p, state, smem);
+        // Every thread finds the first segment by itself, because everybody waits for its copies.
+        Loader loader;
+        {
+            SegmentWalk walk;
+            walk.begin(p, at.part);
+            prefetch_table(p, at.part, pm_thread());
+            Segment s = {};
+            const bool more = walk.next(p, s);
+            look_up(p, s, loader);
+            if (pm_thread() == 0) {
+                state.walk = walk;
+                fill(p, state, more, s, smem);
+            }
+        }
+        pm_sync();
+        while (state.more) {
+            segment(p, state.segment, at.kv_head, at.row0, loader, smem);
+            pm_sync();                  // the segment is done with shared memory
+            if (pm_thread() == 0) {
+                Segment s = {};
+                const bool more = state.walk.next(p, s);
+                fill(p, state, more, s, smem);
+            }
             pm_sync();
-            if (!state.more) return;
-            segment(p, state.segment, at.kv_head, at.row0, smem);
+            look_up(p, state.segment, loader);
         }
     }
 };
