@@ -11,7 +11,7 @@
 //   pm_prefetch                                        brings an address that may be read into the cache, or nothing
 //   pm_grid_wait, pm_grid_release                      ordering against the kernel before and after, or nothing
 //   pm_f16_to_float, pm_float_to_f16, pm_pack_bf16     conversions
-// and, for tiles on mma.sync, pm_bytes, and what decode_roles.h uses.
+// and, for tiles on mma.sync, pm_bytes, pm_settled (a value worked out where it stands), and what decode_roles.h uses.
 #pragma once
 
 #include "params.h"

@@ -3,8 +3,8 @@
 //
 // Tile      64 packed query rows x 64 tokens; O is 64 x head_dim_v f32 in the registers of the P V warps.
 // Roles     8 warps own 64 columns of O each; 4 warps own 32 x 32 scores each, over all columns, so that scores never leave
-//           registers: softmax, P; 4 warps copy Q and KV. The score warps are two groups: one has the first 32 tokens of
-//           every tile, the other the last.
+//           registers: softmax, P; 4 warps copy Q (but the first, which idle P V warps bring) and KV. The score warps are two
+//           groups: one has the first 32 tokens of every tile, the other the last.
 // Pipeline  2 stages of KV in two halves; a half is a step, and the groups take turns, so that the softmax of one runs beside
 //           the matrix work of the other, and P V beside both:
 //
@@ -47,9 +47,8 @@ struct RoleDecoder : RoleShared<C> {
 
     // Rows of scores of a warp, and of a thread.
     static constexpr int WM = 32, MT = WM / 16, R = 2 * MT;
-    static constexpr int STEPS = C::DK / 16, UNROLL = STEPS % 12 == 0 ? 12 : 8;
+    static constexpr int STEPS = C::DK / 16;
     static constexpr float LARGE_SCORE = 1 << 20;   // base 2; the last place of a maximum below it is at most 1/16
-    static_assert(STEPS % UNROLL == 0 && UNROLL % 4 == 0, "whole 128-byte pieces of rows");
     static_assert(Shared::PAIRS * WM == C::M, "every row has a warp in each group");
 
     // ---- P V ---------------------------------------------------------------------------------------
@@ -140,14 +139,11 @@ struct RoleDecoder : RoleShared<C> {
         const int a = Tile::template a_lane<C::U>();
         typename Tile::template Operands<MT, 2> o[2];
         Tile::template load_step<MT, 2, C::U, Shared::ROW_BYTES>(o[0], q, a, key, 0);
-#pragma unroll 1
-        for (int step0 = 0; step0 < STEPS; step0 += UNROLL, q += UNROLL * 32, key += UNROLL * 32)
 #pragma unroll
-            for (int k = 0; k < UNROLL; ++k) {
-                if (k + 1 < UNROLL || step0 + UNROLL < STEPS)
-                    Tile::template load_step<MT, 2, C::U, Shared::ROW_BYTES>(o[(k + 1) % 2], q, a, key, k + 1);
-                Tile::multiply(acc, o[k % 2]);
-            }
+        for (int k = 0; k < STEPS; ++k) {
+            if (k + 1 < STEPS) Tile::template load_step<MT, 2, C::U, Shared::ROW_BYTES>(o[(k + 1) % 2], q, a, key, k + 1);
+            Tile::multiply(acc, o[k % 2]);
+        }
     }
 
     // Scores of a group's half of the 64 tokens from `tok` on -> P and the factors for O.

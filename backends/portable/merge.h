@@ -5,7 +5,7 @@
 //           one of these rows, a split a lane; then all add up what they have loaded meanwhile; way 0 adds the ways up.
 // Pipeline  8 splits' loads a warp are under way while the weights are worked out. Nothing is worked out between the end of the
 //           decode kernel and the first load that could be before; from there on instructions are what the time goes into, so
-//           there is a form of it for every power of two of splits to weigh (merge_many).
+//           there are forms of it for 32, 64 and more splits to weigh (merge_many).
 //           A request of up to 8 splits takes no such turns: merge_few, where warps share nothing.
 // Grid      b * ceil(turns of a request / combine_units) blocks of 512 threads, one a multiprocessor; a turn is such a set of
 //           units. A batch-invariant run fixes the ways.

@@ -132,7 +132,8 @@ struct RoleShared {
     // This thread's entry of the block table, for a tile; 0 where it has no token there.
     static PM_DEV int look_up(const DecodeParams& params, int req, const Work& w, int tile) {
         const u32 tok = Token().of(w, tile);
-        return tile < w.tiles && tok < u32(w.last) ? params.block_table[i64(req) * params.block_table_stride_b + page_index(params, int(tok))] : 0;
+        if (tile >= w.tiles || tok >= u32(w.last)) return 0;
+        return params.block_table[i64(req) * params.block_table_stride_b + page_index(params, int(tok))];
     }
 
     // What a copying thread finds out by itself, because everybody waits for its first copy: the first segment, and the table entry
