@@ -34,7 +34,43 @@ fn slot(split: usize) -> Vec<u8> {
     bytes
 }
 
-/// More splits than are weighed at a time, than a way loads at a time, or just one fewer; every number of ways.
+/// What the merge kernel makes of `n` splits, of which `slots` had somewhere to go: out in f16, and lse.
+fn merge(kernels: &Kernels, n: usize, slots: usize, ways: i32, units: i32) -> (Vec<u16>, [f32; ROWS]) {
+    let pieces: Vec<u8> = (0..slots).flat_map(slot).collect();
+    let sums: Vec<f32> = (0..slots).flat_map(|split| (0..ROWS).map(move |row| lse(split, row))).collect();
+    let num_splits = [0, n as i32];
+    // What no row can be.
+    let (mut out, mut lse_out) = (vec![half::f16::from_f32(10.0).to_bits(); ROWS * COLUMNS], [1.5e9; ROWS]);
+    let mut status = STATUS_OK;
+    let params = DecodeParams {
+        num_splits: num_splits.as_ptr() as u64,
+        partial_out: pieces.as_ptr() as u64,
+        partial_lse: sums.as_ptr() as u64,
+        out: out.as_mut_ptr() as u64,
+        out_strides: [(ROWS * COLUMNS) as i64, (ROWS * COLUMNS) as i64, COLUMNS as i64, 1],
+        lse: lse_out.as_mut_ptr() as u64,
+        lse_strides: [ROWS as i64, 1, 1],
+        status: &raw mut status as u64,
+        b: 1,
+        s_q: 1,
+        h_q: ROWS as i32,
+        h_kv: 1,
+        heads_per_kv: ROWS as i32,
+        head_dim_v: COLUMNS as i32,
+        slots: slots as i32,
+        combine_units: units,
+        combine_ways: ways,
+        flags: 4,
+        ..DecodeParams::default()
+    };
+    let turns = ROWS.div_ceil(8) * ways as usize;
+    let shared = kernels.shared_bytes("polymla_merge_f16");
+    // SAFETY: every pointer is to a vector of the size that the kernel takes from these numbers; past `slots` it reads nothing.
+    unsafe { kernels.launch("polymla_merge_f16", turns.div_ceil(units as usize), shared, &params, 3) };
+    (out, lse_out)
+}
+
+/// More splits than are weighed at a time, than a way loads at a time, or just as many, or one fewer; every number of ways.
 #[test]
 fn the_merge_kernel_takes_any_number_of_splits() {
     for variant in ["mma-32-99", "mma-32-227"] {
@@ -45,6 +81,9 @@ fn the_merge_kernel_takes_any_number_of_splits() {
             (8, 2, 5),
             (9, 4, 1),
             (7, 8, 3),
+            (32, 2, 5),
+            (33, 8, 1),
+            (64, 16, 3),
             (65, 8, 1),
             (160, 4, 2),
             (161, 2, 64),
@@ -52,36 +91,7 @@ fn the_merge_kernel_takes_any_number_of_splits() {
             (330, 8, 2),
             (90, 16, 2),
         ] {
-            let pieces: Vec<u8> = (0..n).flat_map(slot).collect();
-            let sums: Vec<f32> = (0..n).flat_map(|split| (0..ROWS).map(move |row| lse(split, row))).collect();
-            let num_splits = [0, n as i32];
-            let (mut out, mut lse_out) = (vec![0xffffu16; ROWS * COLUMNS], [f32::NAN; ROWS]);
-            let mut status = STATUS_OK;
-            let params = DecodeParams {
-                num_splits: num_splits.as_ptr() as u64,
-                partial_out: pieces.as_ptr() as u64,
-                partial_lse: sums.as_ptr() as u64,
-                out: out.as_mut_ptr() as u64,
-                out_strides: [(ROWS * COLUMNS) as i64, (ROWS * COLUMNS) as i64, COLUMNS as i64, 1],
-                lse: lse_out.as_mut_ptr() as u64,
-                lse_strides: [ROWS as i64, 1, 1],
-                status: &raw mut status as u64,
-                b: 1,
-                s_q: 1,
-                h_q: ROWS as i32,
-                h_kv: 1,
-                heads_per_kv: ROWS as i32,
-                head_dim_v: COLUMNS as i32,
-                slots: n as i32,
-                combine_units: units,
-                combine_ways: ways,
-                flags: 4,
-                ..DecodeParams::default()
-            };
-            let turns = ROWS.div_ceil(8) * ways as usize;
-            let shared = kernels.shared_bytes("polymla_merge_f16");
-            // SAFETY: every pointer is to a vector of the size that the kernel takes from these numbers.
-            unsafe { kernels.launch("polymla_merge_f16", turns.div_ceil(units as usize), shared, &params, 3) };
+            let (out, lse_out) = merge(&kernels, n, n, ways, units);
             for row in 0..ROWS {
                 let weights: Vec<f64> = (0..n).map(|split| f64::from(lse(split, row)).exp2()).collect();
                 let total: f64 = weights.iter().sum();
@@ -103,5 +113,16 @@ fn the_merge_kernel_takes_any_number_of_splits() {
                 }
             }
         }
+    }
+}
+
+/// A request of whose splits the last had no slot is NaN, whatever form its splits would have taken.
+#[test]
+fn the_merge_kernel_makes_nan_of_lost_splits() {
+    let kernels = Kernels::open(&by_name("mma-32-227"));
+    for (n, ways, units) in [(2, 1, 1), (8, 2, 5), (20, 4, 1), (50, 16, 3), (100, 8, 2), (200, 2, 1)] {
+        let (out, lse_out) = merge(&kernels, n, n - 1, ways, units);
+        assert!(lse_out.iter().all(|x| x.is_nan()), "{n} splits: {lse_out:?}");
+        assert!(out.iter().all(|x| half::f16::from_bits(*x).is_nan()), "{n} splits, {ways} ways: out");
     }
 }
