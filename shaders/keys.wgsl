@@ -10,7 +10,7 @@ struct Place {
     // All of them in one page: of this column of the block table, from this token of it on.
     column: u32,
     in_page: u32,
-    // Token 0, in units of 16 bytes.
+    // This invocation's own loads of its first tokens, in units of 16 bytes.
     ckv: u32,
     kpe: u32,
 //#else
@@ -39,9 +39,12 @@ fn page_of(place: Place, table_row: u32, end: u32, thread: u32) -> u32 {
 fn located(place: Place, page: u32, end: u32, kv_head: u32, thread: u32) -> Place {
     let p = min(page - params.first_page, params.window_pages - 1u);
     // Strides and offsets are multiples of 8.
-    let ckv = params.ckv.x / 8u + p * (params.ckv.y / 8u) + place.in_page * (params.ckv.z / 8u) + kv_head * (params.ckv.w / 8u);
-    let kpe = params.kpe.x / 8u + p * (params.kpe.y / 8u) + place.in_page * (params.kpe.z / 8u) + kv_head * (params.kpe.w / 8u);
-    return Place(place.step, place.column, place.in_page, ckv, kpe);
+    let ckv = params.ckv.x / 8u + p * (params.ckv.y / 8u) + kv_head * (params.ckv.w / 8u);
+    let kpe = params.kpe.x / 8u + p * (params.kpe.y / 8u) + kv_head * (params.kpe.w / 8u);
+    return Place(place.step, place.column, place.in_page,
+                 ckv + (place.in_page + token_of(0u, thread)) * (params.ckv.z / 8u) + vector_of(0u, thread),
+                 kpe + (place.in_page + token_of(VALUE_LOADS, thread)) * (params.kpe.z / 8u) + vector_of(VALUE_LOADS, thread)
+                 - COLUMNS / 8u);
 }
 //#else
 fn page_at(table_row: u32, token: u32) -> u32 {
@@ -91,10 +94,12 @@ fn place_after(place: Place, table_row: u32, end: u32, kv_head: u32, thread: u32
     return located(after, page_of(after, table_row, end, thread), end, kv_head, thread);
 }
 
-// Load `n` of an invocation: VALUE_LOADS for the first COLUMNS columns, then the others, which two invocations may load.
+// Load `n` of an invocation: VALUE_LOADS for the first COLUMNS columns, then the others, which two invocations may load. Loads
+// are so many tokens apart, a constant, that what they need has one address and, in the instructions, distances from it.
+const TOKENS_APART: u32 = THREADS / (COLUMNS / 8u);
 fn token_of(n: u32, thread: u32) -> u32 {
     if n < VALUE_LOADS {
-        return (n * THREADS + thread) / (COLUMNS / 8u);
+        return thread / (COLUMNS / 8u) + n * TOKENS_APART;
     }
     return thread / 8u % TOKENS;
 }
@@ -116,14 +121,19 @@ fn in_v(n: u32, thread: u32) -> bool {
 
 // 16 bytes of a key. Past the end, where all weighs nothing: the last token's, or 0.
 fn key_vector(n: u32, place: Place, end: u32, thread: u32) -> vec4<u32> {
-    let token = token_of(n, thread);
 //#if FULL
-    let read = min(token, end - 1u - place.step);
+    // How far the last token is beyond this invocation's first; negative where there is none, and sums wrap. Where they do not, what
+    // is read is some other token of the cache, to no end.
+    let beyond = end - 1u - place.step;
     if n < VALUE_LOADS {
-        return ckv[place.ckv + read * (params.ckv.z / 8u) + thread % (COLUMNS / 8u)];
+        let stride = params.ckv.z / 8u;
+        let last = place.ckv + (beyond - token_of(0u, thread)) * stride;
+        return ckv[min(place.ckv + n * TOKENS_APART * stride, last)];
     }
-    return kpe[place.kpe + read * (params.kpe.z / 8u) + thread % 8u];
+    let last = place.kpe + (beyond - token_of(n, thread)) * (params.kpe.z / 8u);
+    return kpe[min(place.kpe, last)];
 //#else
+    let token = token_of(n, thread);
     let vector = vector_of(n, thread);
     let slot = place.slot + token;
     if ckv_tokens[slot] == NOWHERE {
@@ -143,12 +153,13 @@ fn store_vector(row: u32, vector: u32, v: array<vec4<f16>, 2>) {
     keys[at] = v[0];
     keys[at + 1u] = v[1];
 }
-fn store_key(n: u32, place: Place, end: u32, thread: u32, v: vec4<u32>) {
+// To the keys that begin with token `to` of shared memory.
+fn store_key(n: u32, to: u32, place: Place, end: u32, thread: u32, v: vec4<u32>) {
     let converted = halves(v);
 //#if BF16
     note_range(v, place.step < end, in_v(n, thread));
 //#endif
-    store_vector(token_of(n, thread), vector_of(n, thread), converted);
+    store_vector(to + token_of(n, thread), vector_of(n, thread), converted);
 }
 
 fn query_vector(row: u32, vector: u32) -> vec4<u32> {

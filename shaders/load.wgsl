@@ -7,8 +7,13 @@
 // Eight at a time.
 @group(0) @binding(1) var<storage, read> q_nope: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> q_pe: array<vec4<u32>>;
+//#if VOLATILE
+@group(0) @binding(3) @volatile var<storage, read> ckv: array<vec4<u32>>;
+@group(0) @binding(4) @volatile var<storage, read> kpe: array<vec4<u32>>;
+//#else
 @group(0) @binding(3) var<storage, read> ckv: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> kpe: array<vec4<u32>>;
+//#endif
 
 // Both elements of a word.
 fn both(word: u32) -> vec2<f32> {

@@ -1,21 +1,23 @@
 // A split by cooperative matrices: 16 x 16, f16 x f16 -> f32, each held by the 32 invocations of a subgroup together.
 //
-// Tile      ROWS query rows of one KV head x TOKENS tokens x all columns:
-//             16 rows x 16 tokens, 4 subgroups; small enough for two workgroups to fill one processor in turn
-//             32 rows x 16 tokens, 8 subgroups
-//             64 rows x 32 tokens, 8 subgroups, which have all registers
+// Tile      ROWS query rows of one KV head x 16 tokens x all columns:
+//             16 rows, 4 subgroups; small enough for two workgroups to fill one processor in turn
+//             32 rows, 8 subgroups
+//             64 rows, 8 subgroups, which have all registers; keys of two steps in memory
 // Memory    A step's keys lie in shared memory, from where both products read them: global memory is read once, 16 bytes an
 //           invocation. Queries stay in matrices for the whole split, sums too.
 // Step      for TOKENS tokens, whose keys are in shared memory:
-//             1. the next keys are asked for; where registers do not suffice (64 rows), behind 4
+//             1. the next keys are asked for
 //             2. scores: a subgroup multiplies 16 rows with all tokens over its share of head_dim_k's columns and leaves the
 //                sums in shared memory
 //             3. softmax: the shares added up; weights, as f16, to shared memory, beside the keys
-//             4. out += weights x V: every subgroup has its columns of all rows in matrices
+//             4. out += weights x V: every subgroup has its columns of all rows in matrices. With 64 rows of the step before,
+//                so that subgroups need not wait for each other's weights, and what is slow in 3 runs beside products
 //             5. the next keys -> shared memory
 //           A compiler waits at once for what one round of a loop hands to the next, and moves a load down into the branch
 //           where it is used: what is asked for is therefore used in the same round, and a round of a kernel that is built
-//           FULL has no branches.
+//           FULL has no branches. With 64 rows, where registers are short, it moves loads behind the products as well, so
+//           that what they bring is waited for; that kernel is built VOLATILE.
 // Softmax   Matrices cannot be scaled row by row where they are. Weights are therefore relative to a reference that is
 //           2^6 below the maximum and follows only when that has risen by more than 2^8; then, rarely, matrices go
 //           through shared memory. Weights from 2^-14 to 2^14 have all bits in f16.
@@ -30,22 +32,21 @@ const COLUMNS: u32 = 128;
 const K_COLUMNS: u32 = 576;                     // of head_dim_k, at most
 const COLUMNS: u32 = 512;                       // of head_dim_v, at most
 //#endif
+const TOKENS: u32 = 16;
 //#if ROWS_64
 const SUBGROUP_COUNT: u32 = 8;
-const TOKENS: u32 = 32;
-const SHARES: u32 = 2;                          // added up before they are stored: memory is for one
-const STORED_SHARES: u32 = 1;
+const SHARES: u32 = 2;
 const CHAIN: u32 = K_COLUMNS / SHARES / 16u;    // products that wait for one another
+const BUFFERS: u32 = 2;                         // steps whose keys are in memory
 //#else
 //#if ROWS_32
 const SUBGROUP_COUNT: u32 = 8;
 //#else
 const SUBGROUP_COUNT: u32 = 4;
 //#endif
-const TOKENS: u32 = 16;
 const SHARES: u32 = 4;
-const STORED_SHARES: u32 = 4;
 const CHAIN: u32 = K_COLUMNS / SHARES / 48u;    // a third of what a subgroup multiplies
+const BUFFERS: u32 = 1;
 //#endif
 const THREADS: u32 = SUBGROUP_COUNT * 32u;
 // Each token has a line in shared memory: 16 bytes more than a multiple of 128, so that a matrix's rows begin in different
@@ -54,8 +55,7 @@ const WEIGHTS_AT: u32 = COLUMNS;
 const PITCH: u32 = COLUMNS + 72u;
 const VECTORS: u32 = K_COLUMNS / 8u;            // of 16 bytes, a token
 const VALUE_LOADS: u32 = TOKENS * COLUMNS / 8u / THREADS;   // of an invocation and a step: so many of V, one of the rest
-const LANES: u32 = 4;                           // invocations that share a row's scores, of one subgroup
-const TOKENS_PER_LANE: u32 = TOKENS / LANES;
+const LANES: u32 = 4;                           // invocations that share a row's scores, of one subgroup: 4 tokens each
 const HEADROOM: f32 = 6.0;
 const MOST: f32 = 14.0;
 
@@ -66,9 +66,9 @@ const SHARE_PITCH: u32 = TOKENS + 4u;           // again so that rows begin in d
 
 // Matrices go to and from memory that begins at a multiple of 16 bytes: nothing here or in decode.wgsl has a size that
 // is not one, so that the order in which a driver lays it out does not matter.
-var<workgroup> keys: array<vec4<f16>, TOKENS * PITCH / 4u>;
-// STORED_SHARES x ROWS x TOKENS; or 16 x 16 for each subgroup.
-var<workgroup> shares: array<vec4<f32>, max(STORED_SHARES * ROWS * SHARE_PITCH, SUBGROUP_COUNT * 256u) / 4u>;
+var<workgroup> keys: array<vec4<f16>, BUFFERS * TOKENS * PITCH / 4u>;
+// SHARES x ROWS x TOKENS; or 16 x 16 for each subgroup.
+var<workgroup> shares: array<vec4<f32>, max(SHARES * ROWS * SHARE_PITCH, SUBGROUP_COUNT * 256u) / 4u>;
 var<workgroup> factors: array<f32, ROWS>;
 var<workgroup> risen: array<u32, 4>;            // the last step, plus 1, in which a reference had to follow
 //#if !FULL
@@ -171,101 +171,126 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     let first_$n = key_vector($nu, first, end, thread);
 //#endfor
 //#for n LOADS
-    store_key($nu, first, end, thread, first_$n);
+    store_key($nu, 0u, first, end, thread, first_$n);
+//#if ROWS_64
+    // Before the first step there is one whose keys and weights are 0.
+    store_vector(TOKENS + token_of($nu, thread), vector_of($nu, thread), array<vec4<f16>, 2>());
+//#endif
 //#endfor
     workgroupBarrier();
-    var page: u32;                      // of the step after the next
+//#if ROWS_64
+    var here = 0u;                      // the first of this step's tokens in shared memory
+//#else
+    const here = 0u;
+    const there = 0u;
+    // Not declared where they are set: a compiler would move the loads behind the branch that follows softmax.
 //#for n LOADS
     var next_$n: vec4<u32>;
 //#endfor
+    var page: u32;                      // of the step after the next
+//#endif
     loop {
+//#if ROWS_64
+        var rose = false;
+//#endif
         // A loop of its own: what is rare stays outside, and so a compiler leaves the matrices where they are.
         while step < end {
+//#if ROWS_64
+            let page = page_of(step_after(next, table_row, end), table_row, end, thread);
+            let there = TOKENS - here;  // where the step before is
+//#for n LOADS
+            let next_$n = key_vector($nu, next, end, thread);
+//#endfor
+//#else
             page = page_of(step_after(next, table_row, end), table_row, end, thread);
-//#if !ROWS_64
 //#for n LOADS
             next_$n = key_vector($nu, next, end, thread);
 //#endfor
 //#endif
 
             // Scores, in CHAINS sums that do not wait for each other.
-//#for s TOKEN_TILES
 //#for e CHAINS
-            var chain_$s_$e: MatrixC;
-            chain_$s_$e = MatrixC();
-//#endfor
+            var chain_$e: MatrixC;
+            chain_$e = MatrixC();
 //#endfor
 //#for q QUERY_TILES
 //#for e CHAINS
-//#for s TOKEN_TILES
-            chain_$s_$e = multiply_add(q_$e_$q, load_keys($su * 16u * PITCH + first_column + ($eu * CHAIN + $qu) * 16u), chain_$s_$e);
+            chain_$e = multiply_add(q_$e_$q, load_keys(here * PITCH + first_column + ($eu * CHAIN + $qu) * 16u), chain_$e);
 //#endfor
 //#endfor
-//#endfor
-            let share_at = (share % STORED_SHARES * ROWS + row_tile * 16u) * SHARE_PITCH;
+            let share_at = (share * ROWS + row_tile * 16u) * SHARE_PITCH;
 //#if ROWS_64
-            if share == 1u {
-//#for s TOKEN_TILES
-                store_share(chain_$s_0, share_at + $su * 16u, SHARE_PITCH);
-//#endfor
-            }
-            workgroupBarrier();
-            if share == 0u {
-//#for s TOKEN_TILES
-                store_share(plus(chain_$s_0, load_share(share_at + $su * 16u, SHARE_PITCH)), share_at + $su * 16u, SHARE_PITCH);
-//#endfor
-            }
+            store_share(chain_0, share_at, SHARE_PITCH);
 //#else
-            store_share(plus(plus(chain_0_0, chain_0_1), chain_0_2), share_at, SHARE_PITCH);
+            store_share(plus(plus(chain_0, chain_1), chain_2), share_at, SHARE_PITCH);
 //#endif
             workgroupBarrier();
 
-            // Softmax: this lane has 4 or 8 neighbouring tokens. One that the row does not see, or that is in another window,
-            // weighs exactly 0.
-            let first_token = lane * TOKENS_PER_LANE;
-            var highest = LOWEST;
-//#for i LANE_VECTORS
-            let at_$i = (row * SHARE_PITCH + first_token) / 4u + $iu;
-            var score_$i = shares[at_$i];
-            for (var s = 1u; s < STORED_SHARES; s += 1u) {
-                score_$i += shares[s * ROWS * SHARE_PITCH / 4u + at_$i];
+            // Softmax: this lane has 4 neighbouring tokens. One that the row does not see, or that is in another window, weighs
+            // exactly 0.
+            let at = (row * SHARE_PITCH + lane * 4u) / 4u;
+            var score = shares[at];
+            for (var s = 1u; s < SHARES; s += 1u) {
+                score += shares[s * ROWS * SHARE_PITCH / 4u + at];
             }
-            var seen_$i = step + first_token + $iu * 4u + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(row_end);
+            var seen = step + lane * 4u + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(row_end);
 //#if !FULL
-            let entry_$i = (next.slot ^ TOKENS) + first_token + $iu * 4u;
-            seen_$i &= vec4<u32>(ckv_tokens[entry_$i], ckv_tokens[entry_$i + 1u], ckv_tokens[entry_$i + 2u],
-                                 ckv_tokens[entry_$i + 3u]) != vec4<u32>(NOWHERE);
+            let entry = (next.slot ^ TOKENS) + lane * 4u;
+            seen &= vec4<u32>(ckv_tokens[entry], ckv_tokens[entry + 1u], ckv_tokens[entry + 2u], ckv_tokens[entry + 3u])
+                != vec4<u32>(NOWHERE);
 //#endif
-            score_$i = select(vec4<f32>(LOWEST), score_$i * scale_log2, seen_$i);
-            highest = max(highest, max(max(score_$i.x, score_$i.y), max(score_$i.z, score_$i.w)));
-//#endfor
-            highest = row_max(highest);
+            score = select(vec4<f32>(LOWEST), score * scale_log2, seen);
+            let highest = row_max(max(max(score.x, score.y), max(score.z, score.w)));
             let rises = (highest > top + MOST) | ((top == LOWEST) & (highest > LOWEST));
             let factor = select(1.0, exp2(top - (highest - HEADROOM)), rises);
             // Several may write: the same number. The second word is for those who have nothing to say.
             risen[select(1u, 0u, rises & (top != LOWEST))] = step + 1u;
             factors[row] = factor;
             top = select(top, highest - HEADROOM, rises);
-            sum *= factor;
-            lse_sum *= factor;
-            let weights_at = (row % TOKENS * PITCH + WEIGHTS_AT + row / TOKENS * TOKENS + first_token) / 4u;
-//#for i LANE_VECTORS
-            let weight_$i = select(vec4<f32>(0.0), exp2(score_$i - top), seen_$i);
-            let rounded_$i = vec4<f16>(weight_$i);
-            let as_multiplied_$i = vec4<f32>(rounded_$i);
-            sum += as_multiplied_$i.x + as_multiplied_$i.y + as_multiplied_$i.z + as_multiplied_$i.w;
-            lse_sum += weight_$i.x + weight_$i.y + weight_$i.z + weight_$i.w;
-            keys[weights_at + $iu] = rounded_$i;
+            let weights = select(vec4<f32>(0.0), exp2(score - top), seen);
+            let rounded = vec4<f16>(weights);
+            let as_multiplied = vec4<f32>(rounded);
+            sum = sum * factor + (as_multiplied.x + as_multiplied.y + as_multiplied.z + as_multiplied.w);
+            lse_sum = lse_sum * factor + (weights.x + weights.y + weights.z + weights.w);
+            keys[((here + row % TOKENS) * PITCH + WEIGHTS_AT + row / TOKENS * TOKENS + lane * 4u) / 4u] = rounded;
+//#if ROWS_64
+//#include "values.wgsl"
+            workgroupBarrier();         // the step before has been read, this step's weights are known
+            rose = risen[0] == step + 1u;
+//#for n LOADS
+            store_key($nu, there, next, end, thread, next_$n);
 //#endfor
+            step = next.step;
+            next = located(step_after(next, table_row, end), page, end, kv_head, thread);
+            here = there;
+            workgroupBarrier();
+            if rose {
+                break;
+            }
+//#else
             workgroupBarrier();
             if risen[0] == step + 1u {
                 break;
             }
 //#include "values.wgsl"
+            workgroupBarrier();         // this step has been read
+//#for n LOADS
+            store_key($nu, 0u, next, end, thread, next_$n);
+//#endfor
+            step = next.step;
+            next = located(step_after(next, table_row, end), page, end, kv_head, thread);
+            workgroupBarrier();
+//#endif
         }
+//#if ROWS_64
+        if !rose {
+            break;
+        }
+//#else
         if step >= end {
             break;
         }
+//#endif
         // A reference has risen. The shares have been read: their memory serves, 16 x 16 for each subgroup.
 //#for m MATRIX_ROWS
 //#for c MATRIX_COLUMNS
@@ -279,8 +304,21 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
         workgroupBarrier();
 //#endfor
 //#endfor
+//#if !ROWS_64
 //#include "values.wgsl"
+            workgroupBarrier();         // this step has been read
+//#for n LOADS
+            store_key($nu, 0u, next, end, thread, next_$n);
+//#endfor
+            step = next.step;
+            next = located(step_after(next, table_row, end), page, end, kv_head, thread);
+            workgroupBarrier();
+//#endif
     }
+//#if ROWS_64
+    let there = TOKENS - here;          // the last step's values
+//#include "values.wgsl"
+//#endif
 
     let partial_row = slot * params.row_tiles * ROWS + (tile - params.first_row_tile) * ROWS;
     let all = row_sum(sum);

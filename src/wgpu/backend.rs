@@ -173,7 +173,10 @@ impl WgpuBackend {
             Path::NativeF16 => subgroups && features.contains(::wgpu::Features::SHADER_F16),
             Path::Matrix16 | Path::Matrix32 | Path::Matrix64 => {
                 let one_size = (adapter.subgroup_min_size, adapter.subgroup_max_size) == (32, 32);
-                one_size && self.context.matrices && self.has(Path::NativeF16) && self.has_room(48 << 10, 256)
+                let volatile =
+                    path != Path::Matrix64 || features.contains(::wgpu::Features::MEMORY_DECORATION_VOLATILE);
+                let matrices = self.context.matrices && one_size && volatile;
+                matrices && self.has(Path::NativeF16) && self.has_room(48 << 10, 256)
             }
             Path::EmulatedMatrix16 | Path::EmulatedMatrix32 | Path::EmulatedMatrix64 => {
                 self.has(Path::NativeF16) && self.has_room(24 << 10, 256)
@@ -193,8 +196,8 @@ impl WgpuBackend {
     pub fn path(&self, problem: &Problem) -> Path {
         let matrix = match problem.s_q() * problem.heads_per_kv() {
             ..=16 => Path::Matrix16,
-            17..=32 => Path::Matrix32,
-            _ => Path::Matrix64,
+            33.. if self.has(Path::Matrix64) => Path::Matrix64,
+            _ => Path::Matrix32,
         };
         let wanted = self.forced.unwrap_or_else(|| {
             let order = [matrix, Path::NativeF16, Path::Subgroups];

@@ -35,6 +35,7 @@ struct Held {
 fn wanted() -> ::wgpu::Features {
     ::wgpu::Features::SUBGROUP
         | ::wgpu::Features::SHADER_F16
+        | ::wgpu::Features::MEMORY_DECORATION_VOLATILE
         | ::wgpu::Features::TIMESTAMP_QUERY
         | ::wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
 }

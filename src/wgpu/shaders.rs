@@ -28,6 +28,9 @@ pub const FILES: &[(&str, &str)] = &[
 /// Names a folder with shader files to use in place of those of the same name: kernels can be tuned without a rebuild.
 pub const FOLDER_VARIABLE: &str = "POLYMLA_SHADER_DIR";
 
+/// Tokens of a step of the matrix paths: `TOKENS` of matrix.wgsl.
+const STEP_TOKENS: usize = 16;
+
 /// The kernels: file, entry point, and whether each storage binding from 1 on is only read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kernel {
@@ -79,7 +82,7 @@ pub enum Path {
     Matrix16,
     /// The same, 32 query rows a workgroup.
     Matrix32,
-    /// The same, 64 query rows a workgroup.
+    /// The same, 64 query rows a workgroup, by loads that a compiler does not move.
     Matrix64,
     /// `Matrix16` with matrices emulated by plain arithmetic: for tests on adapters without them.
     EmulatedMatrix16,
@@ -149,6 +152,7 @@ impl Path {
         };
         defines.extend(["SUBGROUPS", "NATIVE_F16", "COOPERATIVE_MATRIX"]);
         defines.extend(self.is_emulated().then_some("EMULATED"));
+        defines.extend((self == Path::Matrix64).then_some("VOLATILE"));
         defines.extend((build == Build::Full).then_some("FULL"));
         defines
     }
@@ -158,7 +162,7 @@ impl Path {
     pub(super) fn is_full(self, problem: &Problem) -> bool {
         self.is_matrix()
             && self.most_columns() == (problem.head_dim_k(), problem.head_dim_v())
-            && problem.page_size().is_multiple_of(32)
+            && problem.page_size().is_multiple_of(STEP_TOKENS)
             && problem.num_pages() > 0
             && problem.max_pages_per_seq() > 0
     }
@@ -193,20 +197,18 @@ impl Path {
             return vec![];
         }
         let rows = self.rows();
-        let (subgroups, tokens, shares, chains) = match rows {
-            16 => (4, 16, 4, 3),
-            32 => (8, 16, 4, 3),
-            _ => (8, 32, 2, 1),
+        let (subgroups, shares, chains) = match rows {
+            16 => (4, 4, 3),
+            32 => (8, 4, 3),
+            _ => (8, 2, 1),
         };
         let (k_columns, columns) = self.most_columns();
         vec![
             ("MATRIX_ROWS", rows / 16),
             ("MATRIX_COLUMNS", columns / 16 / subgroups),
-            ("TOKEN_TILES", tokens / 16),
             ("CHAINS", chains),
             ("QUERY_TILES", k_columns / 16 / shares / chains),
-            ("LOADS", tokens * columns / 8 / (subgroups * 32) + 1),
-            ("LANE_VECTORS", tokens / 16),
+            ("LOADS", STEP_TOKENS * columns / 8 / (subgroups * 32) + 1),
         ]
     }
 }

@@ -44,17 +44,17 @@ const SHORT: &str = "limits::matrix_paths_are_right_in_short";
 const RANGE: &str = "range::bf16_of_any_size_is_right";
 
 /// The same for matrices, which are emulated: by which path, and in which test.
-const MATRIX_MUTANTS: [(&str, &str, Mutant); 19] = [
+const MATRIX_MUTANTS: [(&str, &str, Mutant); 21] = [
     (
         "emulated-matrix64",
         SHORT,
         ("matrices are not rescaled", "matrix.wgsl", "shares[subgroup * 64u + i] *= factors[$mu * 16u + i / 4u];", ""),
     ),
-    ("emulated-matrix16", SHORT, ("sums are not rescaled", "matrix.wgsl", "            sum *= factor;\n", "")),
+    ("emulated-matrix16", SHORT, ("sums are not rescaled", "matrix.wgsl", " sum = sum * factor", " sum = sum")),
     (
         "emulated-matrix32",
         SHORT,
-        ("the sum for lse is not rescaled", "matrix.wgsl", "            lse_sum *= factor;\n", ""),
+        ("the sum for lse is not rescaled", "matrix.wgsl", "lse_sum = lse_sum * factor", "lse_sum = lse_sum"),
     ),
     (
         "emulated-matrix16",
@@ -68,8 +68,8 @@ const MATRIX_MUTANTS: [(&str, &str, Mutant); 19] = [
         (
             "what lies past the end is read",
             "keys.wgsl",
-            "let read = min(token, end - 1u - place.step);",
-            "let read = token;",
+            "return ckv[min(place.ckv + n * TOKENS_APART * stride, last)];",
+            "return ckv[place.ckv + n * TOKENS_APART * stride];",
         ),
     ),
     (
@@ -77,21 +77,21 @@ const MATRIX_MUTANTS: [(&str, &str, Mutant); 19] = [
         SHORT,
         ("and in pages of any size", "keys.wgsl", "select(NOWHERE, ckv_at / 8u, exists)", "ckv_at / 8u"),
     ),
-    ("emulated-matrix16", SHORT, ("shares are lost", "matrix.wgsl", "s < STORED_SHARES;", "s < STORED_SHARES - 1u;")),
+    ("emulated-matrix16", SHORT, ("shares are lost", "matrix.wgsl", "s < SHARES;", "s < SHARES - 1u;")),
     (
         "emulated-matrix64",
         SHORT,
         (
-            "a share that is folded is lost",
+            "the last step's values are lost",
             "matrix.wgsl",
-            "store_share(plus(chain_$s_0, load_share",
-            "store_share(plus(MatrixC(), load_share",
+            "// the last step's values\n//#include \"values.wgsl\"\n",
+            "\n",
         ),
     ),
     (
         "emulated-matrix32",
         SHORT,
-        ("a chain is lost", "matrix.wgsl", "plus(plus(chain_0_0, chain_0_1), chain_0_2)", "plus(chain_0_0, chain_0_1)"),
+        ("a chain is lost", "matrix.wgsl", "plus(plus(chain_0, chain_1), chain_2)", "plus(chain_0, chain_1)"),
     ),
     (
         "emulated-matrix32",
@@ -107,17 +107,37 @@ const MATRIX_MUTANTS: [(&str, &str, Mutant); 19] = [
         "emulated-matrix64",
         SHORT,
         (
-            "the second 16 tokens' values are the first's",
+            "values are those of this step's keys",
             "values.wgsl",
-            "load_values($gu * 16u * PITCH + ",
-            "load_values(",
+            "load_values(there * PITCH + ",
+            "load_values((TOKENS - there) * PITCH + ",
+        ),
+    ),
+    (
+        "emulated-matrix64",
+        SHORT,
+        ("that a reference rose is forgotten", "matrix.wgsl", "rose = risen[0] == step + 1u;", "rose = false;"),
+    ),
+    (
+        "emulated-matrix64",
+        SHORT,
+        (
+            "the split before leaves weights",
+            "matrix.wgsl",
+            "store_vector(TOKENS + token_of($nu, thread), vector_of($nu, thread), array<vec4<f16>, 2>());",
+            "",
         ),
     ),
     ("emulated-matrix16", SHORT, ("pages are not turned", "keys.wgsl", "place.column + u32(over)", "place.column")),
     (
         "emulated-matrix64",
         SHORT,
-        ("rows from 32 on have others' weights", "values.wgsl", " + $mu * 16u / TOKENS * TOKENS", ""),
+        (
+            "rows from 32 on have others' weights",
+            "values.wgsl",
+            "WEIGHTS_AT + $mu * 16u",
+            "WEIGHTS_AT + $mu % 2u * 16u",
+        ),
     ),
     (
         "emulated-matrix64",

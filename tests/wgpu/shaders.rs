@@ -17,6 +17,7 @@ fn capabilities(path: Path) -> Capabilities {
         Path::Subgroups => Capabilities::SUBGROUP,
         Path::NativeF16 => Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16,
         _ if path.is_emulated() => Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16,
+        Path::Matrix64 => capabilities(Path::Matrix32) | Capabilities::MEMORY_DECORATION_VOLATILE,
         _ => Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX,
     };
     CORE | extra
