@@ -23,11 +23,7 @@ enable wgpu_cooperative_matrix;
 //#include "params.wgsl"
 //#include "load.wgsl"
 
-//#if VOLATILE
-@group(0) @binding(5) @volatile var<storage, read> block_table: array<i32>;
-//#else
 @group(0) @binding(5) var<storage, read> block_table: array<i32>;
-//#endif
 @group(0) @binding(6) var<storage, read> plan: array<u32>;
 @group(0) @binding(7) var<storage, read_write> workspace: array<f32>;
 

@@ -85,7 +85,7 @@ impl WgpuBackend {
     /// device was opened with.
     ///
     /// Matrices only where [`WgpuBackend::with_path`] asks for them: a device does not tell their sizes, which must be
-    /// 16 x 16 x 16, f16 into f32.
+    /// 16 x 16 x 16, f16 into f32; [`Path::Matrix64`] wants `MEMORY_DECORATION_VOLATILE` too.
     ///
     /// # Errors
     /// [`MlaError::Platform`].
