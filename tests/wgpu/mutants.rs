@@ -249,3 +249,29 @@ fn every_fault_in_matrices_is_noticed() {
     });
     assert!(missed.is_empty(), "not noticed: {missed:?}");
 }
+
+/// Without the kernel that does what matrices of f16 leave, ordinary numbers are right still; a matrix kernel that left all of them
+/// would be right with it, and slow.
+#[test]
+fn matrices_leave_no_ordinary_numbers() {
+    const ORDINARY: &str = "range::ordinary_bf16_is_right";
+    let Some(backend) = super::backend(polymla::wgpu::WgpuBackend::new) else { return };
+    let paths = ["emulated-matrix16", "emulated-matrix32", "emulated-matrix64"];
+    if !backend.has(polymla::wgpu::shaders::Path::EmulatedMatrix64) {
+        eprintln!("SKIP what matrices leave: the adapter cannot emulate matrices");
+        return;
+    }
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("wgpu-left-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let change = |file: &str, old: &str, new: &str| {
+        let text = std::fs::read_to_string(Path::new("shaders").join(file)).expect(file);
+        assert!(text.contains(old), "{file} has no {old:?}: bring this test up to date");
+        std::fs::write(folder.join(file), text.replace(old, new)).expect("a file");
+    };
+    change("decode.wgsl", "* SUMS] == UNFIT", "* SUMS] == -UNFIT");
+    let left: Vec<_> = paths.iter().filter(|path| !matrices_pass(path, ORDINARY, &folder)).collect();
+    change("range.wgsl", "return key <= 65280.0", "return key <= 0.0");
+    let unnoticed: Vec<_> = paths.iter().filter(|path| matrices_pass(path, ORDINARY, &folder)).collect();
+    std::fs::remove_dir_all(&folder).expect("the folder");
+    assert!(left.is_empty() && unnoticed.is_empty(), "left to f32: {left:?}; not noticed: {unnoticed:?}");
+}

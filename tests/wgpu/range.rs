@@ -86,17 +86,22 @@ fn numbers(name: &'static str, shape: [usize; 4], f: fn(usize, usize, f32) -> f3
     HostTensor::from_bytes(name, DType::Bf16, &shape, &bytes).unwrap()
 }
 
+/// A page a request: token t of request i is row 130 i + t of the cache, of two KV heads.
 fn call(case: &Case) -> Call {
-    // A page a request: token t of request i is row 130 i + t of the cache, of two KV heads.
-    let (b, heads, tokens) = (2, 36, 130);
-    let builder = Problem::builder(b).h_q(heads).h_kv(2).head_dim_k(128 + ROPE).head_dim_v(128).dtype(DType::Bf16);
-    let builder = builder.num_pages(2).page_size(tokens).max_pages_per_seq(1).softmax_scale(two(case.scale));
-    let problem = builder.build().unwrap();
+    call_of(case, 2, 130, &[0, 1], [130, 129])
+}
+
+/// Two requests of 18 heads for each KV head.
+fn call_of(case: &Case, h_kv: usize, page_size: usize, table: &[i32], lengths: [i32; 2]) -> Call {
+    let (b, heads, pages) = (2, 18 * h_kv, table.len());
+    let builder = Problem::builder(b).h_q(heads).h_kv(h_kv).head_dim_k(128 + ROPE).head_dim_v(128).dtype(DType::Bf16);
+    let builder = builder.num_pages(pages).page_size(page_size).max_pages_per_seq(pages / b);
+    let problem = builder.softmax_scale(two(case.scale)).build().unwrap();
     let tensors = vec![
         ("q", numbers("q", [b, 1, heads, 128 + ROPE], case.q)),
-        ("k_cache", numbers("k_cache", [2, tokens, 2, 128 + ROPE], case.k)),
-        ("block_table", HostTensor::from_i32("block_table", &[b, 1], &[0, 1]).unwrap()),
-        ("cache_seqlens", HostTensor::from_i32("cache_seqlens", &[b], &[130, 129]).unwrap()),
+        ("k_cache", numbers("k_cache", [pages, page_size, h_kv, 128 + ROPE], case.k)),
+        ("block_table", HostTensor::from_i32("block_table", &[b, pages / b], table).unwrap()),
+        ("cache_seqlens", HostTensor::from_i32("cache_seqlens", &[b], &lengths).unwrap()),
     ];
     let name = case.what.into();
     let tolerance = Tolerance { out_abs: 0.0, out_rel: 0.0, cosine: 1e-5, lse_abs: 2e-4, lse_rel: 1e-5 };
@@ -118,6 +123,21 @@ fn bf16_of_any_size_is_right() {
             assert!(backend.path(&call.problem).is_matrix(), "{} is to go by matrices", call.name);
             let outcome = check(backend, &call, Layout::Given, *policy);
             assert!(outcome.passed(), "{}, {}, {policy:?}: {}", path.name(), call.name, outcome.failure());
+        }
+    });
+    assert_ne!(taken, Some(0), "no device with matrices, not even emulated ones");
+}
+
+/// Numbers that f16 has, by the kernels for any problem and for the usual one. `mutants.rs` runs this without the kernel that
+/// does what matrices leave: none of it may be left.
+#[test]
+fn ordinary_bf16_is_right() {
+    let taken = super::by_paths(super::matrix_paths(), |path, backend| {
+        for policy in POLICIES {
+            for call in [call(&CASES[0]), call_of(&CASES[0], 1, 64, &[4, 2, 0, 3, 1, 5], [190, 97])] {
+                let outcome = check(backend, &call, Layout::Given, policy);
+                assert!(outcome.passed(), "{}, {policy:?}: {}", path.name(), outcome.failure());
+            }
         }
     });
     assert_ne!(taken, Some(0), "no device with matrices, not even emulated ones");
