@@ -36,6 +36,7 @@ fn wanted() -> ::wgpu::Features {
     ::wgpu::Features::SUBGROUP
         | ::wgpu::Features::SHADER_F16
         | ::wgpu::Features::MEMORY_DECORATION_VOLATILE
+        | ::wgpu::Features::PIPELINE_CACHE
         | ::wgpu::Features::TIMESTAMP_QUERY
         | ::wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
 }

@@ -49,6 +49,10 @@ pub const PATH_VARIABLE: &str = "POLYMLA_WGPU_PATH";
 /// Names the number of workgroups that fill the device, which wgpu does not tell.
 pub const WORKGROUPS_VARIABLE: &str = "POLYMLA_WGPU_WORKGROUPS";
 
+/// Names a folder that gets the driver's pipeline cache of every decode kernel that is compiled: machine code, of some drivers, to be read
+/// while kernels are tuned (`scripts/wgpu-machine-code.py`).
+pub const CACHE_VARIABLE: &str = "POLYMLA_WGPU_CACHE_DIR";
+
 fn refusal(param: &'static str, value: String, limit: impl Into<String>) -> Unsupported {
     Unsupported { backend: NAME, param, value, limit: limit.into() }
 }

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::context::Context;
+use super::CACHE_VARIABLE;
+use super::context::{Context, platform};
 use super::params::Params;
 use super::shaders::{Build, Kernel, Path, source};
 use crate::error::Result;
@@ -40,6 +41,13 @@ impl Pipelines {
     }
 }
 
+/// Writes what a driver keeps of a compiled kernel to the folder that the environment names.
+fn write_cache(cache: &::wgpu::PipelineCache, folder: &std::path::Path, (_, path, dtype, build): Key) -> Result<()> {
+    let file = folder.join(format!("{}-{dtype}-{build:?}", path.name()));
+    let written = std::fs::write(&file, cache.get_data().unwrap_or_default());
+    written.map_err(|e| platform("write", format!("{}: {e}", file.display())))
+}
+
 fn compile(context: &Context, (kernel, path, dtype, build): Key) -> Result<Pipeline> {
     let device = &context.device;
     let buffer = |binding: u32, ty, has_dynamic_offset, size| ::wgpu::BindGroupLayoutEntry {
@@ -65,7 +73,14 @@ fn compile(context: &Context, (kernel, path, dtype, build): Key) -> Result<Pipel
     }
     let text = source(kernel, path, dtype, build);
     let label = Some(kernel.name());
-    context.guarded("create_compute_pipeline", || {
+    let folder = std::env::var_os(CACHE_VARIABLE).filter(|folder| !folder.is_empty() && kernel == Kernel::Decode);
+    let folder = folder.filter(|_| context.features.contains(::wgpu::Features::PIPELINE_CACHE));
+    let (pipeline, cache) = context.guarded("create_compute_pipeline", || {
+        let cache = folder.as_ref().map(|_| {
+            let descriptor = ::wgpu::PipelineCacheDescriptor { label, data: None, fallback: false };
+            // SAFETY: a driver must only be given what it returned itself; this one is given nothing.
+            unsafe { device.create_pipeline_cache(&descriptor) }
+        });
         let layout = device.create_bind_group_layout(&::wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
         let module = ::wgpu::ShaderModuleDescriptor { label, source: ::wgpu::ShaderSource::Wgsl(text.into()) };
         // Matrix kernels know shared memory's indices when they are compiled but for the invocation's number and for what is
@@ -97,8 +112,12 @@ fn compile(context: &Context, (kernel, path, dtype, build): Key) -> Result<Pipel
             module: &module,
             entry_point: label,
             compilation_options,
-            cache: None,
+            cache: cache.as_ref(),
         });
-        Pipeline { pipeline, layout }
-    })
+        (Pipeline { pipeline, layout }, cache)
+    })?;
+    if let (Some(cache), Some(folder)) = (cache, folder) {
+        write_cache(&cache, folder.as_ref(), (kernel, path, dtype, build))?;
+    }
+    Ok(pipeline)
 }
