@@ -273,13 +273,6 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
                 break;
             }
 //#include "values.wgsl"
-            workgroupBarrier();         // this step has been read
-//#for n LOADS
-            store_key($nu, 0u, next, end, thread, next_$n);
-//#endfor
-            step = next.step;
-            next = located(step_after(next, table_row, end), page, end, kv_head, thread);
-            workgroupBarrier();
 //#endif
         }
 //#if ROWS_64
@@ -306,13 +299,6 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
 //#endfor
 //#if !ROWS_64
 //#include "values.wgsl"
-            workgroupBarrier();         // this step has been read
-//#for n LOADS
-            store_key($nu, 0u, next, end, thread, next_$n);
-//#endfor
-            step = next.step;
-            next = located(step_after(next, table_row, end), page, end, kv_head, thread);
-            workgroupBarrier();
 //#endif
     }
 //#if ROWS_64

@@ -1,4 +1,5 @@
-            // Weights x V, of the step whose keys begin with token `there` of shared memory. These lines are in matrix.wgsl twice.
+            // Weights x V, of the step whose keys begin with token `there` of shared memory; but for 64 rows the next step's keys too.
+            // These lines are in matrix.wgsl twice.
 //#for m MATRIX_ROWS
             let weights_$m = load_weights(there * PITCH + WEIGHTS_AT + $mu * 16u);
 //#endfor
@@ -8,3 +9,12 @@
             sum_$m_$c = multiply_add(weights_$m, v_$c, sum_$m_$c);
 //#endfor
 //#endfor
+//#if !ROWS_64
+            workgroupBarrier();         // this step has been read
+//#for n LOADS
+            store_key($nu, 0u, next, end, thread, next_$n);
+//#endfor
+            step = next.step;
+            next = located(step_after(next, table_row, end), page, end, kv_head, thread);
+            workgroupBarrier();
+//#endif
