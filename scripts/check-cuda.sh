@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks the Hopper backend without a GPU: the crate builds with it and says why it is absent; its kernels compile under
-# nvcc 13.0 and NVRTC 12.3, 12.9 and 13.0 within the recorded registers and spills; their code holds HGMMA and UTMALDG; a model of their
-# roles goes right in random order.
+# nvcc 13.0 and NVRTC 12.3, 12.9 and 13.0 within the recorded registers and spills; their code holds HGMMA and UTMALDG; emulated on this
+# CPU they are right, and faults planted in them are noticed.
 #
 # usage: scripts/check-cuda.sh [--record]      --record writes tests/cuda/resources.txt anew
 #
@@ -16,8 +16,6 @@ use_cuda
 # Without a GPU the tests that need one print why they were skipped.
 tests --test cuda -- --nocapture
 tests --lib -- cuda
-# Who waits for whom in the decode kernel.
-python3 tests/cuda/roles.py
 
 # has_tensor_cores CUBIN: every decode kernel in it holds HGMMA and a bulk copy.
 has_tensor_cores() {

@@ -74,7 +74,8 @@ Meeting cluster;
 dim grid_size;
 int current;
 u32 finished;
-uint64_t random_state = 88172645463325252ull, early;
+uint64_t random_state = 88172645463325252ull, early, landing;
+u32 slowness[2][4];
 jmp_buf scheduler;
 void (*kernel)(const void*);
 const void* arguments;
@@ -129,9 +130,10 @@ void land(const Box& b) {
             if (row) std::memcpy(to, src + u * 16, 16); else std::memset(to, 0, 16);
         }
     }
-    Bar& bar = ctas[b.cta].bars.at(b.bar);
-    bar.bytes -= b.map.rows * 128;
-    settle(bar);
+    auto bar = ctas[b.cta].bars.find(b.bar);
+    if (bar == ctas[b.cta].bars.end()) die("a box lands on no barrier", b.bar);
+    bar->second.bytes -= b.map.rows * 128;
+    settle(bar->second);
 }
 void land_one() {
     const size_t i = next() % boxes.size();
@@ -146,7 +148,7 @@ void run() {
     for (size_t i = 0; i < fibers.size(); ++i) fibers[i].started = fibers[i].done = false, ready.push_back(int(i));
     _setjmp(scheduler);
     while (finished < fibers.size()) {
-        if (!boxes.empty() && (ready.empty() || next() % 64 == 0)) { land_one(); continue; }
+        if (!boxes.empty() && (ready.empty() || next() % landing == 0)) { land_one(); continue; }
         if (ready.empty()) {
             const void* last = &fibers;
             for (const Fiber& f : fibers) {
@@ -159,6 +161,7 @@ void run() {
             std::abort();
         }
         current = simt::take_any(ready, random_state);
+        if (next() % slowness[me().cta][me().index.x / 128] != 0) { ready.push_back(current); continue; }
         me().resume(STACK, entry);
     }
 }
@@ -172,6 +175,11 @@ void launch(dim grid, u32 threads, u32 in_cluster, void (*k)(const void*), const
                 ctas = std::vector<Cta>(in_cluster);
                 cluster = Meeting();
                 early = next();
+                // Boxes land at once, or only when nobody can go on without.
+                landing = 64ull << next() % 5 * 3;
+                // Some roles are much slower than others, as caches and fetching make them on a device.
+                for (auto& cta : slowness)
+                    for (u32& s : cta) s = next() % 2 ? 1 : 1u << next() % 8;
                 for (u32 c = 0; c < in_cluster; ++c) {
                     ctas[c].block = {x + c, y, z};
                     ctas[c].shared = c ? polymla::second_cta : polymla::smem_raw;

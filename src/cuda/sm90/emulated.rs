@@ -1,5 +1,6 @@
 //! The kernels of `backends/sm90` on this CPU: every thread a fiber, tensor cores and copies emulated (`tests/sm90/`). What they
 //! are told comes from the same functions as on a device; golden files, random problems and bad input are what a device gets, too.
+//! `mutants` plants faults in copies of the sources.
 
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::{c_int, c_void};
@@ -7,6 +8,8 @@ use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+mod mutants;
 
 use libloading::Library;
 
@@ -56,16 +59,29 @@ fn alone() -> MutexGuard<'static, ()> {
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Compiles where this build of these sources is not there yet.
-fn build() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut hasher = DefaultHasher::new();
-    let folders =
-        ["backends/sm90", "tests/sm90", "tests/simt"].map(|folder| fs::read_dir(root.join(folder)).expect("sources"));
+/// Folders of sources, below the project's or (`mutants`) a copy's root.
+const FOLDERS: [&str; 3] = ["backends/sm90", "tests/sm90", "tests/simt"];
+/// Names the root of a copy.
+const ROOT_VARIABLE: &str = "POLYMLA_EMULATED_ROOT";
+
+/// Whether what runs is a copy, so that the first failure is enough.
+fn planted() -> bool {
+    std::env::var_os(ROOT_VARIABLE).is_some()
+}
+
+fn sources(root: &Path) -> Vec<PathBuf> {
+    let folders = FOLDERS.map(|folder| fs::read_dir(root.join(folder)).expect("sources"));
     let mut files: Vec<PathBuf> =
         folders.into_iter().flatten().map(|entry| entry.expect("an entry").path()).filter(|p| p.is_file()).collect();
     files.sort();
-    for file in &files {
+    files
+}
+
+/// Compiles where this build of these sources is not there yet.
+fn build() -> PathBuf {
+    let root = std::env::var_os(ROOT_VARIABLE).map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    let mut hasher = DefaultHasher::new();
+    for file in sources(&root) {
         fs::read(file).expect("a source").hash(&mut hasher);
     }
     let dir = Path::new(concat!(env!("OUT_DIR"), "/sm90-emulated"));
@@ -75,7 +91,13 @@ fn build() -> PathBuf {
         return path;
     }
     let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let compiler = cc::Build::new().cpp(true).target(&target).host(&target).opt_level(2).warnings(false).get_compiler();
+    let compiler = cc::Build::new()
+        .cpp(true)
+        .target(&target)
+        .host(&target)
+        .opt_level(if planted() { 1 } else { 2 })
+        .warnings(false)
+        .get_compiler();
     let unfinished = dir.join(format!("{}.part", std::process::id()));
     let mut command = compiler.to_command();
     // Fibers jump between stacks, which the fortified longjmp takes for a mistake; `extern thread_local` is shared memory.
@@ -192,6 +214,9 @@ fn golden_files() {
         let call = golden::load(file).expect("a golden file");
         let bad = check_call(&backend, &call, &LAYOUTS).into_iter().filter(|check| !check.passed());
         failures.extend(bad.map(|c| format!("{} {} {:?}: {}", c.call, c.layout, c.policy, c.failure())));
+        if planted() && !failures.is_empty() {
+            break;
+        }
     }
     assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
 }
@@ -210,9 +235,31 @@ fn random_problems() {
         let outcome = check_with(&backend, &call, Layout::Given, &random_options(seed));
         if !outcome.passed() {
             failures.push(format!("{} {:?}: {}", call.name, random_options(seed), outcome.failure()));
+            if planted() {
+                break;
+            }
         }
     }
     assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// Requests of one block and of none follow one another in one part: roles that have nothing to do there must not run ahead.
+#[test]
+fn short_and_empty_requests_in_one_part() {
+    let backend = Emulated::open();
+    for few in [true, false] {
+        let wanted = |call: &Call| {
+            let (p, lens) = (&call.problem, call.cache_seqlens());
+            let found = |range: std::ops::RangeInclusive<i32>| lens.iter().any(|n| range.contains(n));
+            (p.s_q() * p.heads_per_kv() <= 16) == few && lens.len() > 2 && found(0..=0) && found(1..=64)
+        };
+        let calls = (3000..).map(|seed| random_call(seed, &small()).expect("a valid problem")).filter(wanted);
+        for call in calls.take(8) {
+            let options = ScheduleOptions { num_sm_parts: Some(1), policy: POLICIES[0] };
+            let outcome = check_with(&backend, &call, Layout::Given, &options);
+            assert!(outcome.passed(), "{}: {}", call.name, outcome.failure());
+        }
+    }
 }
 
 /// One request's table entry or length is bad: it is named and its results are NaN, and the others' are right.
