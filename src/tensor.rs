@@ -11,100 +11,15 @@ use half::{bf16, f16};
 
 use crate::error::{MlaError, Result};
 
+mod memory;
+mod view_mut;
+
+pub(crate) use memory::Memory;
+pub use memory::{DType, Device, Element};
+pub use view_mut::TensorViewMut;
+
 /// Most dimensions a tensor of the contract has.
 pub const MAX_RANK: usize = 4;
-
-/// Element types.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum DType {
-    /// bfloat16.
-    Bf16,
-    /// IEEE binary16.
-    F16,
-    /// IEEE binary32.
-    F32,
-    /// 32-bit signed integer: block tables and lengths.
-    I32,
-}
-
-impl DType {
-    /// Bytes an element takes.
-    pub const fn size(self) -> usize {
-        match self {
-            DType::Bf16 | DType::F16 => 2,
-            DType::F32 | DType::I32 => 4,
-        }
-    }
-
-    /// The lower-case name: `bf16`, `f16`, `f32`, `i32`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            DType::Bf16 => "bf16",
-            DType::F16 => "f16",
-            DType::F32 => "f32",
-            DType::I32 => "i32",
-        }
-    }
-}
-
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// A Rust type that a tensor can hold.
-pub trait Element: bytemuck::Pod + Send + Sync + 'static {
-    /// Its [`DType`].
-    const DTYPE: DType;
-}
-impl Element for bf16 {
-    const DTYPE: DType = DType::Bf16;
-}
-impl Element for f16 {
-    const DTYPE: DType = DType::F16;
-}
-impl Element for f32 {
-    const DTYPE: DType = DType::F32;
-}
-impl Element for i32 {
-    const DTYPE: DType = DType::I32;
-}
-
-/// Where memory lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Device {
-    /// Memory of this process.
-    Host,
-    /// Device number `ordinal` of the platform a backend of that name drives (`cuda`, `hip`, `wgpu`, ...).
-    Accelerator {
-        /// The platform.
-        platform: &'static str,
-        /// The device's number there.
-        ordinal: u32,
-    },
-}
-
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Device::Host => f.write_str("host"),
-            Device::Accelerator { platform, ordinal } => write!(f, "{platform}:{ordinal}"),
-        }
-    }
-}
-
-/// The memory under a tensor.
-#[derive(Clone, Copy)]
-pub(crate) enum Memory<'a> {
-    /// An address: of this process on [`Device::Host`], of the device elsewhere.
-    Address(u64),
-    /// A buffer object of a platform without addresses (`wgpu::Buffer`), and the byte the tensor starts at.
-    #[allow(dead_code, reason = "read by backends whose platform has no addresses")]
-    Object(&'a (dyn Any + Send + Sync), u64),
-}
 
 /// A tensor that is read. See the [module](self) for what it may look like.
 #[derive(Clone, Copy)]
@@ -310,17 +225,11 @@ impl<'a> TensorView<'a> {
     }
     /// The address of the first element; `None` on platforms without addresses.
     pub fn address(&self) -> Option<u64> {
-        match self.memory {
-            Memory::Address(a) => Some(a),
-            Memory::Object(..) => None,
-        }
+        self.memory.address()
     }
     /// The buffer object and the byte offset of the first element; `None` where memory has addresses.
     pub fn object(&self) -> Option<(&'a (dyn Any + Send + Sync), u64)> {
-        match self.memory {
-            Memory::Object(o, offset) => Some((o, offset)),
-            Memory::Address(_) => None,
-        }
+        self.memory.object()
     }
     /// The typed pointer of a host tensor.
     ///
@@ -386,150 +295,5 @@ impl<'a> TensorView<'a> {
 impl fmt::Debug for TensorView<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{:?} strides {:?} on {}", self.dtype, self.shape(), self.strides(), self.device)
-    }
-}
-
-/// A tensor that is written. [`as_view`](TensorViewMut::as_view) reads it.
-pub struct TensorViewMut<'a> {
-    view: TensorView<'a>,
-    borrow: PhantomData<&'a mut [u8]>,
-}
-
-impl<'a> TensorViewMut<'a> {
-    /// A tensor without gaps over a slice. The slice may be longer than the tensor.
-    ///
-    /// # Errors
-    /// As [`TensorView::from_slice`].
-    pub fn from_slice<T: Element>(param: &'static str, data: &'a mut [T], shape: &[usize]) -> Result<Self> {
-        let strides = contiguous_strides(shape);
-        Self::from_slice_strided(param, data, shape, &strides[..shape.len().min(MAX_RANK)])
-    }
-
-    /// A tensor with strides (in elements) over a slice.
-    ///
-    /// # Errors
-    /// As [`TensorView::from_slice_strided`]. Aliasing strides are reported by `run`.
-    pub fn from_slice_strided<T: Element>(
-        param: &'static str,
-        data: &'a mut [T],
-        shape: &[usize],
-        strides: &[usize],
-    ) -> Result<Self> {
-        let (address, bytes) = (data.as_mut_ptr() as u64, std::mem::size_of_val(data) as u64);
-        // SAFETY: the exclusive borrow of the slice lasts for 'a, and the length is what is claimed.
-        unsafe { Self::from_raw_parts(param, address, bytes, T::DTYPE, shape, strides, Device::Host) }
-    }
-
-    /// A tensor over memory named by its address.
-    ///
-    /// # Errors
-    /// As [`TensorView::from_raw_parts`].
-    ///
-    /// # Safety
-    /// As [`TensorView::from_raw_parts`], for reads and writes, and nothing else may use the memory meanwhile.
-    pub unsafe fn from_raw_parts(
-        param: &'static str,
-        address: u64,
-        bytes: u64,
-        dtype: DType,
-        shape: &[usize],
-        strides: &[usize],
-        device: Device,
-    ) -> Result<Self> {
-        // SAFETY: the caller's promise is stronger than what a view needs.
-        let view = unsafe { TensorView::from_raw_parts(param, address, bytes, dtype, shape, strides, device)? };
-        Ok(TensorViewMut { view, borrow: PhantomData })
-    }
-
-    /// A tensor over a buffer object of a platform without addresses.
-    ///
-    /// # Errors
-    /// As [`TensorView::from_object`].
-    #[allow(clippy::too_many_arguments)]
-    pub fn from_object(
-        param: &'static str,
-        object: &'a (dyn Any + Send + Sync),
-        offset: u64,
-        bytes: u64,
-        dtype: DType,
-        shape: &[usize],
-        strides: &[usize],
-        device: Device,
-    ) -> Result<Self> {
-        let view = TensorView::from_object(param, object, offset, bytes, dtype, shape, strides, device)?;
-        Ok(TensorViewMut { view, borrow: PhantomData })
-    }
-
-    /// The tensor as one that is read.
-    pub fn as_view(&self) -> TensorView<'_> {
-        self.view
-    }
-    /// Sizes, outermost first.
-    pub fn shape(&self) -> &[usize] {
-        self.view.shape()
-    }
-    /// Strides in elements, outermost first.
-    pub fn strides(&self) -> &[usize] {
-        self.view.strides()
-    }
-    /// The element type.
-    pub fn dtype(&self) -> DType {
-        self.view.dtype
-    }
-
-    /// A shorter exclusive borrow of the same tensor.
-    pub fn reborrow(&mut self) -> TensorViewMut<'_> {
-        TensorViewMut { view: self.view, borrow: PhantomData }
-    }
-
-    /// The typed pointer of a host tensor, for writing.
-    ///
-    /// # Errors
-    /// As [`TensorView::host_ptr`].
-    pub fn host_ptr_mut<T: Element>(&mut self, param: &'static str) -> Result<*mut T> {
-        self.view.host_ptr::<T>(param).map(|p| p.cast_mut())
-    }
-
-    /// The memory under a host tensor as bytes, gaps and slack included.
-    ///
-    /// # Errors
-    /// [`MlaError::WrongDevice`].
-    pub fn host_bytes_mut(&mut self, param: &'static str) -> Result<&mut [u8]> {
-        match (self.view.memory, self.view.device) {
-            (Memory::Address(_), Device::Host) if self.view.bytes == 0 => Ok(&mut []),
-            // SAFETY: this value holds the exclusive borrow of the memory, and lends it on for as long as it is
-            // borrowed itself; the constructor's contract gives the length.
-            (Memory::Address(a), Device::Host) => {
-                Ok(unsafe { std::slice::from_raw_parts_mut(a as *mut u8, self.view.bytes as usize) })
-            }
-            _ => Err(MlaError::WrongDevice { param, value: self.view.device, limit: Device::Host }),
-        }
-    }
-
-    /// Checks that no two elements share an address: every stride must clear all that lies below it.
-    ///
-    /// Sorting dimensions by stride, each stride must exceed the extent of the smaller ones. That admits every
-    /// permutation and padding of a dense tensor; it refuses interleavings that are injective only by number theory.
-    pub(crate) fn check_no_alias(&self, param: &'static str) -> Result<()> {
-        if self.view.is_empty() {
-            return Ok(());
-        }
-        let mut dims: Vec<usize> = (0..self.view.rank).filter(|d| self.view.shape[*d] > 1).collect();
-        dims.sort_by_key(|d| self.view.strides[*d]);
-        let mut extent = 1usize;
-        for d in dims {
-            let stride = self.view.strides[d];
-            if stride < extent {
-                return Err(MlaError::StrideAlias { param, dim: d, value: stride, limit: extent });
-            }
-            extent = extent.saturating_add((self.view.shape[d] - 1).saturating_mul(stride));
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Debug for TensorViewMut<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.view.fmt(f)
     }
 }

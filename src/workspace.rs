@@ -49,17 +49,11 @@ impl<'a> Workspace<'a> {
     }
     /// Its address; `None` on platforms without addresses.
     pub fn address(&self) -> Option<u64> {
-        match self.memory {
-            Memory::Address(a) => Some(a),
-            Memory::Object(..) => None,
-        }
+        self.memory.address()
     }
     /// Its buffer object and offset; `None` where memory has addresses.
     pub fn object(&self) -> Option<(&'a (dyn Any + Send + Sync), u64)> {
-        match self.memory {
-            Memory::Object(o, offset) => Some((o, offset)),
-            Memory::Address(_) => None,
-        }
+        self.memory.object()
     }
 
     /// The first `needed` bytes as host memory.
