@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
@@ -173,18 +175,18 @@ fn fails(child: &mut Child) -> bool {
 fn each_fault_is_noticed() {
     let at: PathBuf = Path::new(env!("OUT_DIR")).join("sm90-mutants");
     let _ = fs::remove_dir_all(&at);
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let unnoticed = std::sync::Mutex::new(Vec::new());
+    let next = AtomicUsize::new(0);
+    let unnoticed = Mutex::new(Vec::new());
     let work = || {
-        while let Some(mutant) = MUTANTS.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
-            let root = at.join(format!("{} {}", mutant.1, mutant.0).replace(' ', "-"));
+        while let Some(mutant @ &(name, file, .., test)) = MUTANTS.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let root = at.join(format!("{file} {name}").replace(' ', "-"));
             plant(&root, mutant);
-            let noticed = fails(&mut start(&root, mutant.4));
+            let noticed = fails(&mut start(&root, test));
             // One that does not compile would be no proof.
             let words = fs::read_to_string(root.join("stderr")).unwrap_or_default();
-            assert!(!words.contains(": error: "), "{}: {words}", mutant.0);
+            assert!(!words.contains(": error: "), "{name}: {words}");
             if !noticed {
-                unnoticed.lock().expect("the list").push(mutant.0);
+                unnoticed.lock().expect("the list").push(name);
             }
         }
     };
