@@ -89,8 +89,8 @@ fn time_run<B: MlaBackend>(
     let schedule = backend.schedule(problem, options, inputs, stream)?;
     let mut scratch = backend.alloc(backend.workspace_bytes(problem, &schedule))?;
     let mut workspace = backend.workspace(&mut scratch);
-    let mut times = Vec::with_capacity(timing.repeats);
-    for i in 0..timing.warmups + timing.repeats {
+    let mut times = Vec::new();
+    for i in 0..timing.warmups.saturating_add(timing.repeats) {
         if timing.flush {
             backend.flush_caches(stream)?;
         }

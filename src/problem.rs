@@ -334,7 +334,7 @@ impl Problem {
     pub fn visible_end(&self, seqlen: usize, j: usize, visible: Option<i32>) -> usize {
         match self.mask {
             Mask::None => seqlen,
-            Mask::Causal => (seqlen + j + 1).saturating_sub(self.s_q).min(seqlen),
+            Mask::Causal => seqlen.saturating_add(j).saturating_add(1).saturating_sub(self.s_q).min(seqlen),
             Mask::VisibleLengths => visible.map_or(seqlen, |v| usize::try_from(v).unwrap_or(0).min(seqlen)),
         }
     }

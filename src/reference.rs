@@ -20,7 +20,8 @@ use crate::tensor::{DType, Device, TensorView};
 ///
 /// # Errors
 /// [`MlaError::Rank`], [`MlaError::Shape`], [`MlaError::HeadGroups`], [`MlaError::SoftmaxScale`],
-/// [`MlaError::WrongDevice`], [`MlaError::DTypeMismatch`], [`MlaError::VisibleLength`].
+/// [`MlaError::WrongDevice`], [`MlaError::DTypeMismatch`], [`MlaError::VisibleLength`]; [`MlaError::Overflow`] for sizes
+/// that this machine has no memory for.
 pub fn scaled_dot_product_attention(
     q: &TensorView<'_>,
     k: &TensorView<'_>,
@@ -60,13 +61,14 @@ pub fn scaled_dot_product_attention(
     for (row, end) in visible.iter().enumerate() {
         if *end > s_k {
             let value = i32::try_from(*end).unwrap_or(i32::MAX);
-            return Err(MlaError::VisibleLength { request: 0, row, value, limit: s_k as i32 });
+            let limit = i32::try_from(s_k).unwrap_or(i32::MAX);
+            return Err(MlaError::VisibleLength { request: 0, row, value, limit });
         }
     }
-    let (q, k, v) = (elements(q), elements(k), elements(v));
+    let mut out = filled("out elements", &[s_q, h_q, d_v], 0.0)?;
+    let mut lse = filled("lse elements", &[h_q, s_q], f64::INFINITY)?;
+    let (q, k, v) = (elements("q elements", q)?, elements("k elements", k)?, elements("v elements", v)?);
     let group = h_q / h_kv;
-    let mut out = vec![0.0; s_q * h_q * d_v];
-    let mut lse = vec![f64::INFINITY; h_q * s_q];
     for j in 0..s_q {
         for h in 0..h_q {
             if visible[j] == 0 {
@@ -92,16 +94,34 @@ pub fn scaled_dot_product_attention(
     Ok((out, lse))
 }
 
-/// Every element of a tensor of three dimensions, row-major.
-fn elements(t: &TensorView<'_>) -> Vec<f64> {
-    let [x, y, z] = [t.shape()[0], t.shape()[1], t.shape()[2]];
-    let mut values = Vec::with_capacity(x * y * z);
-    for i in 0..x {
-        for j in 0..y {
-            values.extend((0..z).map(|d| t.get_f64(&[i, j, d]).unwrap_or(f64::NAN)));
+/// Memory for the product of `sizes` values. Strides of 0 make tensors of any size of little memory, so that a size may
+/// be one that no memory holds.
+fn filled<T: Clone>(param: &'static str, sizes: &[usize], value: T) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    let count = match sizes.contains(&0) {
+        true => Some(0),
+        false => sizes.iter().try_fold(1usize, |product, n| product.checked_mul(*n)),
+    };
+    match count.filter(|count| values.try_reserve_exact(*count).is_ok()) {
+        Some(count) => values.resize(count, value),
+        None => {
+            let value = sizes.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
+            return Err(MlaError::Overflow { param, value, limit: isize::MAX as u64 / size_of::<T>() as u64 });
         }
     }
-    values
+    Ok(values)
+}
+
+/// Every element of a tensor of three dimensions, row-major.
+fn elements(param: &'static str, t: &TensorView<'_>) -> Result<Vec<f64>> {
+    let mut values = filled(param, t.shape(), f64::NAN)?;
+    let [rows, columns] = [t.shape()[1], t.shape()[2]];
+    for (at, row) in values.chunks_exact_mut(columns.max(1)).enumerate() {
+        for (column, value) in row.iter_mut().enumerate() {
+            *value = t.get_f64(&[at / rows, at % rows, column]).unwrap_or(f64::NAN);
+        }
+    }
+    Ok(values)
 }
 
 /// The reference over a paged cache: gathers each request's pages and calls [`scaled_dot_product_attention`].
@@ -194,10 +214,9 @@ pub fn merge_partials(
     if outs.len() != elements {
         return Err(MlaError::Shape { param: "outs", dim: 0, value: outs.len(), limit: elements });
     }
-    let out_len = rows.checked_mul(d_v).filter(|n| *n <= isize::MAX as usize / 4).ok_or_else(overflow)?;
-    let mut out = vec![0.0f32; out_len];
-    let mut lse = vec![f32::INFINITY; rows];
-    let mut sum_row = vec![0.0f64; d_v];
+    let mut out = filled("merged out elements", &[rows, d_v], 0.0f32)?;
+    let mut lse = filled("merged lse elements", &[rows], f32::INFINITY)?;
+    let mut sum_row = filled("d_v", &[d_v], 0.0f64)?;
     for r in 0..rows {
         let seen = || (0..parts).map(|i| (i, f64::from(lses[i * rows + r]))).filter(|(_, l)| !l.is_infinite());
         if seen().next().is_none() {

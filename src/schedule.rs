@@ -289,16 +289,19 @@ impl Schedule {
     pub fn total_partials(&self) -> usize {
         self.first_partial.last().map_or(0, |n| *n as usize)
     }
-    /// The partial rows of request `r`, in split order; empty where it has one split.
+    /// The partial rows of request `r`, in split order; empty where it has one split, or is not of the batch.
     pub fn partials_of(&self, r: usize) -> std::ops::Range<usize> {
-        self.first_partial[r] as usize..self.first_partial[r + 1] as usize
+        match self.first_partial.get(r..).unwrap_or_default() {
+            [first, end, ..] => *first as usize..*end as usize,
+            _ => 0..0,
+        }
     }
-    /// Blocks of 64 tokens that request `r` has.
+    /// Blocks of 64 tokens that request `r` has; 0 where it is not of the batch.
     pub fn request_blocks(&self, r: usize) -> usize {
-        self.blocks[r] as usize
+        self.blocks.get(r).map_or(0, |blocks| *blocks as usize)
     }
 
-    /// The splits of one part, in order. All parts together yield every split of the batch once.
+    /// The splits of one part of this schedule, in order. All parts together yield every split of the batch once.
     pub fn splits_of(&self, part: &PartMetadata) -> impl Iterator<Item = Split> + '_ {
         let part = *part;
         (part.begin_req..=part.end_req).flat_map(move |r| {
@@ -312,13 +315,13 @@ impl Schedule {
                 SplitPolicy::BatchInvariant { split_blocks } => split_blocks as usize,
             };
             let partials = self.partials_of(request);
-            let count = (end - begin).div_ceil(size).max(1);
+            let count = end.saturating_sub(begin).div_ceil(size).max(1);
             (0..count).map(move |i| Split {
                 request,
-                index: first + i,
-                begin_block: begin + i.saturating_mul(size),
+                index: first.saturating_add(i),
+                begin_block: begin.saturating_add(i.saturating_mul(size)),
                 end_block: begin.saturating_add((i + 1).saturating_mul(size)).min(end),
-                partial: (!partials.is_empty()).then_some(partials.start + first + i),
+                partial: (!partials.is_empty()).then_some(partials.start.saturating_add(first).saturating_add(i)),
             })
         })
     }

@@ -219,9 +219,10 @@ impl<'a> TensorView<'a> {
     pub fn is_empty(&self) -> bool {
         self.shape().contains(&0)
     }
-    /// The number of elements.
+    /// The number of elements; `usize::MAX` where there are more, as strides of 0 allow.
     pub fn len(&self) -> usize {
-        self.shape().iter().product()
+        // A product that is 0 in the end may overflow on the way.
+        if self.is_empty() { 0 } else { self.shape().iter().fold(1, |n: usize, size| n.saturating_mul(*size)) }
     }
     /// The address of the first element; `None` on platforms without addresses.
     pub fn address(&self) -> Option<u64> {

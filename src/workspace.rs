@@ -103,14 +103,16 @@ impl HostWorkspace {
         Self::default()
     }
 
-    /// Lends `bytes` bytes, growing first where needed.
+    /// Lends `bytes` bytes, growing first where needed; fewer where this machine has no such memory, which `run` then
+    /// reports as [`MlaError::WorkspaceTooSmall`].
     pub fn lend(&mut self, bytes: usize) -> Workspace<'_> {
         let lines = bytes.div_ceil(WORKSPACE_ALIGN);
-        if self.lines.len() < lines {
+        let missing = lines.saturating_sub(self.lines.len());
+        if missing > 0 && self.lines.try_reserve_exact(missing).is_ok() {
             self.lines.resize(lines, Line([0; WORKSPACE_ALIGN]));
         }
-        let address = self.lines.as_mut_ptr() as u64;
-        // SAFETY: the vector holds at least `bytes` bytes and stays exclusively borrowed as long as the workspace.
-        unsafe { Workspace::from_raw_parts(address, bytes, Device::Host) }
+        let (address, held) = (self.lines.as_mut_ptr() as u64, std::mem::size_of_val(&*self.lines));
+        // SAFETY: the vector holds that many bytes and stays exclusively borrowed as long as the workspace.
+        unsafe { Workspace::from_raw_parts(address, bytes.min(held), Device::Host) }
     }
 }

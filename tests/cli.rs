@@ -198,3 +198,30 @@ fn bench_times_a_shape_and_draws_it() {
     assert_eq!(row["best_peer"], serde_json::Value::Null, "a CPU is not compared with an H200's peers");
     assert!(std::fs::read_to_string(svg).expect("the picture").contains("polymla"));
 }
+
+/// Numbers that would divide by zero, overflow, or end in memory or time without end.
+#[test]
+fn numbers_out_of_range_are_errors_that_say_the_range() {
+    for (wrong, says) in [
+        (&["bench", "--shape", "1,1,16,64", "--page-size", "0"][..], "page-size"),
+        (&["bench", "--shape", "1,1,16,64", "--repeats", "0"], "repeats"),
+        (&["bench", "--shape", "1,1,16,64", "--repeats", "18446744073709551615"], "repeats"),
+        (&["bench", "--shape", "1,1,16,64", "--warmups", "18446744073709551615"], "warmups"),
+        (&["bench", "--shape", "2147483647,1,16,64"], "0..=1048576"),
+        (&["bench", "--shape", "1,1,16"], "must have 4 numbers"),
+        (&["bench", "--shape", "1,1,16,nan"], "0..=2147483647"),
+        (&["bench", "--shape", "1,1,16,64", "--ceilings", "nan,inf"], "1e-9..=1e9"),
+        (&["bench", "--shape", "1,1,16,64", "--ceilings", "0,1"], "1e-9..=1e9"),
+        (
+            &["bench", "--backend", "cpu", "--shape", "1,1,16,0", "--repeats", "1", "--no-flush", "--svg", "no.svg"],
+            "no.svg",
+        ),
+        (&["conformance", SMALL, "--random", "2", "--seed", "18446744073709551615"], "seed is 18446744073709551615"),
+        (&["conformance", SMALL, "--backend", "cpu", "--junit", "no/such/folder.xml"], "no/such/folder.xml"),
+    ] {
+        let output = polymla(wrong);
+        let stderr = text(&output.stderr);
+        assert!(!output.status.success() && stderr.contains(says), "{wrong:?}: {stderr}");
+        assert!(!stderr.contains("panicked"), "{wrong:?}: {stderr}");
+    }
+}

@@ -63,7 +63,8 @@ impl Plan {
         let tiles = shared.div_ceil(tile_rows);
         let sizes = Sizes::new(tile_rows, p.head_dim_k(), p.head_dim_v());
         let (splits, partials, rows) = (schedule.total_splits(), schedule.total_partials(), p.s_q() * p.h_q());
-        let workers = threads.clamp(1, splits.saturating_mul(tiles * p.h_kv()).max(1));
+        // None for an empty batch, whose rows may be of any size.
+        let workers = threads.max(1).min(splits.saturating_mul(tiles * p.h_kv()));
         let partial_rows = partials.saturating_mul(rows);
         let partial_out_at = lines(splits, size_of::<Item>());
         let partial_state_at = partial_out_at.saturating_add(lines(partial_rows, p.head_dim_v().saturating_mul(4)));

@@ -11,6 +11,7 @@ mod call;
 mod common;
 mod problems;
 mod runs;
+mod sizes;
 mod tables;
 mod tensors;
 

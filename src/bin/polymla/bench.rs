@@ -30,7 +30,7 @@ pub struct Args {
     #[arg(long, default_value = "bf16", value_parser = parse_dtype)]
     dtype: polymla::DType,
     /// Tokens a page of --shape.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = whole(1..=1 << 31))]
     page_size: usize,
     /// Backend; without it the best one that supports the first shape.
     #[arg(long)]
@@ -39,10 +39,10 @@ pub struct Args {
     #[arg(long)]
     batch_invariant: bool,
     /// Runs before the first timed one.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = whole(0..=MAX_RUNS))]
     warmups: usize,
     /// Timed runs; the median is reported.
-    #[arg(long, default_value_t = 15)]
+    #[arg(long, default_value_t = 15, value_parser = whole(1..=MAX_RUNS))]
     repeats: usize,
     /// Keep caches warm between runs.
     #[arg(long)]
@@ -53,6 +53,14 @@ pub struct Args {
     /// Write a roofline picture.
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+}
+
+/// Most runs, and most requests, that a shape may ask for: more would be a slip of the hand, and take days.
+const MAX_RUNS: u64 = 1_000_000;
+const MAX_B: f64 = 1_048_576.0;
+
+fn whole(range: std::ops::RangeInclusive<u64>) -> clap::builder::RangedU64ValueParser<usize> {
+    clap::builder::RangedU64ValueParser::new().range(range)
 }
 
 fn numbers<const N: usize>(text: &str) -> Result<[f64; N], String> {
@@ -66,6 +74,9 @@ fn parse_shape(text: &str) -> Result<Shape, String> {
     if fields.iter().any(|x| x.fract() != 0.0 || !(0.0..=2147483647.0).contains(x)) {
         return Err(format!("{text:?} must be whole numbers in 0..=2147483647"));
     }
+    if fields[0] > MAX_B {
+        return Err(format!("{text:?} must have a B in 0..={MAX_B}"));
+    }
     let [b, s_q, h_q, s_k] = fields.map(|x| x as usize);
     Ok(Shape::new(b, s_q, h_q, s_k))
 }
@@ -76,7 +87,12 @@ fn parse_dtype(text: &str) -> Result<polymla::DType, String> {
 }
 
 fn parse_ceilings(text: &str) -> Result<Ceilings, String> {
-    let [read_gbps, tflops] = numbers::<2>(text)?;
+    let both = numbers::<2>(text)?;
+    // The picture's axes end there, and end where a number does.
+    if both.iter().any(|x| !(1e-9..=1e9).contains(x)) {
+        return Err(format!("{text:?} must be numbers in 1e-9..=1e9"));
+    }
+    let [read_gbps, tflops] = both;
     Ok(Ceilings { read_gbps, tflops })
 }
 
@@ -117,9 +133,6 @@ fn geometric_mean(ratios: &[f64]) -> Option<f64> {
 }
 
 pub fn run(args: &Args, json: bool) -> Outcome {
-    if args.repeats == 0 {
-        return Err("repeats is 0; it must be at least 1".into());
-    }
     let shapes: Vec<Shape> = match args.shape.is_empty() {
         true => suites::suite(&args.suite)?,
         false => {
@@ -167,7 +180,8 @@ pub fn run(args: &Args, json: bool) -> Outcome {
 
     if let Some(path) = &args.svg {
         let peers = same_device.then_some(&recorded);
-        roofline::draw(path, &backend.info().device_name, ceilings, &rows, peers)?;
+        let drawn = roofline::draw(path, &backend.info().device_name, ceilings, &rows, peers);
+        drawn.map_err(|e| format!("{}: {e}", path.display()))?;
         eprintln!("roofline written to {}", path.display());
     }
     let ratios: Vec<f64> = rows.iter().filter_map(Measured::speedup).collect();

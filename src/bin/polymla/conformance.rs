@@ -138,6 +138,10 @@ fn junit(lines: &[Line]) -> Result<String, Box<dyn Error>> {
 }
 
 pub fn run(args: &Args, json: bool) -> Outcome {
+    let past_last_seed = args.seed.checked_add(args.random);
+    let limit = u64::MAX - args.random;
+    let end =
+        past_last_seed.ok_or_else(|| format!("seed is {}; with this many it must be at most {limit}", args.seed))?;
     let calls = calls(args)?;
     if calls.is_empty() && args.random == 0 {
         return Err("there are no golden files to check".into());
@@ -172,7 +176,7 @@ pub fn run(args: &Args, json: bool) -> Outcome {
             lines.push(Line { call: call.name.clone(), backend: registration.name, checks });
         }
         let (mut checks, mut unsupported) = (Vec::new(), 0);
-        for seed in args.seed..args.seed + args.random {
+        for seed in args.seed..end {
             let call = random::random_call(seed, &limits)?;
             match backend.supports(&call.problem) {
                 Ok(()) => checks.extend(conformance::check_call(&*backend, &call, &[Layout::Given])),
@@ -183,7 +187,7 @@ pub fn run(args: &Args, json: bool) -> Outcome {
             skips.push((registration.name, format!("{unsupported} random problems that it does not support")));
         }
         if !checks.is_empty() {
-            let call = format!("random, seeds {} to {}", args.seed, args.seed + args.random - 1);
+            let call = format!("random, seeds {} to {}", args.seed, end - 1);
             lines.push(Line { call, backend: registration.name, checks });
         }
         let passed = lines[before..].iter().all(|l| l.passed() == l.checks.len());
@@ -194,7 +198,7 @@ pub fn run(args: &Args, json: bool) -> Outcome {
     let good = passed == checks && checks > 0 && missing.is_empty();
 
     if let Some(path) = &args.junit {
-        std::fs::write(path, junit(&lines)?)?;
+        output::write(path, junit(&lines)?)?;
     }
     if json {
         let rows: Vec<_> = lines

@@ -124,7 +124,7 @@ pub fn run(args: &Args, json: bool) -> Outcome {
         _ => None,
     };
     let bytes = model.to_bytes();
-    std::fs::write(&args.onnx, &bytes)?;
+    output::write(&args.onnx, &bytes)?;
     let mut losses = Losses::default();
     if let Some((path, (call, lost))) = &converted {
         losses = *lost;

@@ -25,9 +25,9 @@ pub fn run(args: &Args, json: bool) -> Outcome {
     let made = source(&args.vendor, &args.arch)?;
     let stem = format!("{}-{}", args.vendor, args.arch);
     let (source, script) = (format!("{stem}.{}", made.language), format!("{stem}.sh"));
-    std::fs::create_dir_all(&args.out)?;
-    std::fs::write(args.out.join(&source), &made.text)?;
-    std::fs::write(args.out.join(&script), compile_script(&source, made.compiler, &made.binaries))?;
+    std::fs::create_dir_all(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?;
+    output::write(&args.out.join(&source), &made.text)?;
+    output::write(&args.out.join(&script), compile_script(&source, made.compiler, &made.binaries))?;
     let command = format!("bash {}", args.out.join(&script).display());
     if json {
         let names: Vec<_> = made.binaries.iter().map(|(name, _)| name).collect();

@@ -1,6 +1,7 @@
 //! What every command prints with: tables for people, JSON for programs.
 
 use std::error::Error;
+use std::path::Path;
 
 use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
 
@@ -26,6 +27,11 @@ pub fn table(header: &[&str], first_number: usize, rows: impl IntoIterator<Item 
         }
     }
     table
+}
+
+/// Writes a file, and names it where that fails.
+pub fn write(path: &Path, contents: impl AsRef<[u8]>) -> Result<(), String> {
+    std::fs::write(path, contents).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 /// Prints one JSON document.

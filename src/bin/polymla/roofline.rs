@@ -22,6 +22,11 @@ pub fn draw(
     rows: &[Measured],
     peers: Option<&Recorded>,
 ) -> Result<(), Box<dyn Error>> {
+    // Logarithmic axes have no place for a row without work.
+    let rows: Vec<&Measured> = rows.iter().filter(|m| m.flop > 0.0).collect();
+    if rows.is_empty() {
+        return Err("no row has any work, so there is nothing to draw".into());
+    }
     let intensity = |m: &Measured| m.flop / m.bytes;
     let rate = |m: &Measured, us: f64| m.flop / us / 1e6;
     let mut points: Vec<(f64, f64)> = rows.iter().map(|m| (intensity(m), rate(m, m.us))).collect();
