@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Api, Handle, Stream};
 use crate::error::{MlaError, Result};
-use crate::kernels::Origin;
+use crate::kernels::{Origin, is_whole};
 
 /// A binary loaded on a device.
 pub(crate) struct Module {
@@ -23,15 +23,15 @@ impl Module {
     /// # Errors
     /// [`MlaError::Platform`].
     pub(crate) fn load(api: &Arc<dyn Api>, binary: &[u8], origin: Origin) -> Result<Module> {
-        // The driver reads the length from the binary's own header: it must at least have one.
-        if binary.len() < 64 || !api.is_binary(binary) {
+        // The driver reads the length from the binary's own tables: they must be there, and name nothing beyond it.
+        if binary.len() < 64 || !api.is_binary(binary) || !is_whole(binary) {
             let backend = match api.device() {
                 crate::tensor::Device::Accelerator { platform, .. } => platform,
                 crate::tensor::Device::Host => "cpu",
             };
-            return Err(MlaError::Platform { backend, call: "module load", message: "not a binary".into() });
+            return Err(MlaError::Platform { backend, call: "module load", message: "not a whole binary".into() });
         }
-        // SAFETY: a binary made by a compiler, whole by checksum where it comes from the cache.
+        // SAFETY: as far as its tables reach it is there, whoever made it; what its code does is its maker's promise.
         let handle = unsafe { api.module_load(binary)? };
         Ok(Module { api: api.clone(), handle, origin })
     }

@@ -6,11 +6,13 @@
 //! | `rtc.rs` | a run-time compiler, by the names of its functions |
 //! | `cache.rs` | compiled kernels on disk |
 //! | `folder.rs` | sources from a folder, for tuning |
+//! | `whole.rs` | whether a binary is there to its end |
 
 mod cache;
 mod folder;
 mod obtain;
 mod rtc;
+mod whole;
 
 pub use cache::CACHE_VARIABLE;
 pub(crate) use cache::DiskCache;
@@ -23,3 +25,4 @@ pub(crate) use rtc::Compiler;
 #[cfg(feature = "driver")]
 pub(crate) use rtc::loader_words;
 pub(crate) use rtc::{Names, Source};
+pub(crate) use whole::is_whole;

@@ -1,8 +1,9 @@
 //! Sizes that no memory holds: strides of 0, or a size of 0 beside them, make such tensors of little memory.
 
+use polymla::cpu::CpuBackend;
 use polymla::schedule::PartMetadata;
 use polymla::{
-    HostWorkspace, Mask, MlaError, Problem, SplitPolicy, TensorView, get_mla_metadata, merge_partials,
+    HostWorkspace, Mask, MlaBackend, MlaError, Problem, SplitPolicy, TensorView, get_mla_metadata, merge_partials,
     scaled_dot_product_attention,
 };
 
@@ -71,4 +72,11 @@ fn requests_and_parts_of_another_schedule_are_empty() {
     assert_eq!(schedule.request_blocks(1), 1);
     let foreign = PartMetadata { begin_req: -1, end_req: 3, begin_block: -9, begin_split: -1, ..Default::default() };
     assert!(schedule.splits_of(&foreign).count() >= 5);
+}
+
+#[test]
+fn an_empty_batch_needs_no_memory_whatever_its_sizes() {
+    let problem = Problem::builder(0).s_q(1 << 24).head_dim_k(1 << 24).build().expect("valid");
+    let schedule = get_mla_metadata(&[], 1, SplitPolicy::default()).expect("valid");
+    assert_eq!(CpuBackend::new().expect("a CPU").workspace_bytes(&problem, &schedule), 0);
 }
