@@ -5,9 +5,13 @@
 
 mod shims;
 
+use std::ffi::{CStr, c_char};
+use std::path::Path;
+
+use libloading::Library;
 use polymla::conformance::random::{Limits, random_call, random_options};
 use polymla::conformance::{Layout, check_with};
-use polymla::driver::{self, PortableBackend};
+use polymla::driver::{self, DeviceBuffer, OwnedStream, PortableBackend, PortableSchedule};
 use polymla::{
     Device, Evidence, HostBackend, Inputs, KvCache, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions,
     SplitPolicy, TensorView, TensorViewMut, get_mla_metadata,
@@ -72,6 +76,7 @@ fn one(case: &Case) {
     assert!(refused.contains("warp size 16") && refused.contains(&warp.to_string()), "{refused}");
     assert!(matches!(driver::open_device(vendor, 7), Err(MlaError::Absent { .. })));
 
+    nothing_leaks_where_a_call_fails(case, &library);
     shims::golden_files(&backend);
     random_problems(&backend);
     schedules(&backend);
@@ -96,6 +101,97 @@ fn random_problems(backend: &PortableBackend) {
         }
         let outcome = check_with(backend, &call, Layout::Given, &random_options(seed));
         assert!(outcome.passed(), "{}: {}", call.name, outcome.failure());
+    }
+}
+
+/// What a step makes on the device, in the order of giving it back.
+#[derive(Default)]
+struct Made {
+    schedule: Option<PortableSchedule>,
+    buffers: Vec<DeviceBuffer>,
+    stream: Option<OwnedStream>,
+    backend: Option<PortableBackend>,
+}
+
+/// Opens a device and decodes on it; on an error, what was made by then stays in `made`.
+fn one_step(vendor: &str, made: &mut Made) -> polymla::Result<()> {
+    let backend = &*made.backend.insert(driver::open_device(vendor, 1)?);
+    let stream = made.stream.insert(backend.create_stream()?).stream();
+    let problem = Problem::builder(1).h_q(1).num_pages(1).max_pages_per_seq(1).build()?;
+    let (q, k, table, lengths) = (vec![half::bf16::ONE; 576], vec![half::bf16::ONE; 64 * 576], [0], [3]);
+    for bytes in [bytemuck::cast_slice(&q), bytemuck::cast_slice(&k), bytemuck::cast_slice(&table)] {
+        made.buffers.push(backend.upload(bytes)?);
+    }
+    for bytes in [&bytemuck::cast_slice(&lengths)[..], &[0; 512 * 2], &[0; 4]] {
+        made.buffers.push(backend.upload(bytes)?);
+    }
+    let [q_at, k_at, table_at, lengths_at, out_at, lse_at, scratch @ ..] = &mut made.buffers[..] else {
+        unreachable!()
+    };
+    assert!(scratch.is_empty());
+    let inputs = Inputs {
+        query: Query::Fused(backend.view("q", q_at, &TensorView::from_slice("", &q, &[1, 1, 1, 576])?)?),
+        kv_cache: KvCache::Fused(backend.view("k_cache", k_at, &TensorView::from_slice("", &k, &[1, 64, 1, 576])?)?),
+        block_table: backend.view("block_table", table_at, &TensorView::from_slice("", &table, &[1, 1])?)?,
+        cache_seqlens: backend.view("cache_seqlens", lengths_at, &TensorView::from_slice("", &lengths, &[1])?)?,
+        visible_lengths: None,
+    };
+    let (mut out, mut lse) = (vec![half::bf16::ZERO; 512], vec![0f32; 1]);
+    let like = (TensorView::from_slice("", &out, &[1, 1, 1, 512])?, TensorView::from_slice("", &lse, &[1, 1, 1])?);
+    let out_view = backend.view_mut("out", out_at, &like.0)?;
+    let mut outputs = Outputs { out: out_view, lse: backend.view_mut("lse", lse_at, &like.1)? };
+    let schedule = &*made.schedule.insert(backend.schedule(&problem, &ScheduleOptions::default(), &inputs, stream)?);
+    let mut scratch = backend.alloc(backend.workspace_bytes(&problem, schedule))?;
+    let ran = backend.run(&problem, schedule, &mut backend.workspace(&mut scratch), &inputs, &mut outputs, stream);
+    made.buffers.push(scratch);
+    ran?;
+    backend.finish(schedule, stream)?;
+    backend.download(&made.buffers[4], bytemuck::cast_slice_mut(&mut out))?;
+    backend.download(&made.buffers[5], bytemuck::cast_slice_mut(&mut lse))?;
+    assert!(out.iter().all(|x| *x == half::bf16::ONE) && lse[0].is_finite(), "{lse:?}");
+    Ok(())
+}
+
+/// Every call of a step fails once: that is an error, or another compiler is asked, and whatever was made is given back.
+fn nothing_leaks_where_a_call_fails(case: &Case, library: &Path) {
+    // SAFETY: functions that `harness.cpp` has, of the library that the backend has loaded; they are called one at a time,
+    // and the name is a static string. This test is alone in its process.
+    let (fail_after, left, failed, alive) = unsafe {
+        let library: &'static Library = Box::leak(Box::new(Library::new(library).expect("loaded before")));
+        std::env::set_var(driver::CACHE_VARIABLE, "");
+        let fail_after = library.get::<unsafe extern "C" fn(i32)>("polymla_stand_in_fail_after").expect("harness.cpp");
+        let failed =
+            library.get::<unsafe extern "C" fn() -> *const c_char>("polymla_stand_in_failed").expect("harness.cpp");
+        let left = library.get::<unsafe extern "C" fn() -> i32>("polymla_stand_in_left").expect("harness.cpp");
+        let alive = library.get::<unsafe extern "C" fn() -> usize>("polymla_stand_in_alive").expect("harness.cpp");
+        (
+            move |n| fail_after(n),
+            move || left(),
+            move || CStr::from_ptr(failed()).to_str().expect("a name"),
+            move || alive(),
+        )
+    };
+    let before = alive();
+    fail_after(1000);
+    driver::open_device(case.name, 1).expect("opened before");
+    let opening = 1000 - left();
+    for calls in 0.. {
+        let mut made = Made::default();
+        fail_after(calls);
+        let result = one_step(case.name, &mut made);
+        let call = failed();
+        fail_after(-1);
+        drop(made);
+        assert_eq!(alive(), before, "made and not given back, where {call} fails as call {calls}: {result:?}");
+        match result {
+            Ok(()) if call.is_empty() => {
+                assert!(calls > 50, "a step has only {calls} calls");
+                break;
+            }
+            // The driver's library is looked into for a compiler too, and here has one.
+            Ok(()) => assert!(calls < opening, "nobody noticed that {call} failed as call {calls}"),
+            Err(e) => assert!(e.to_string().contains("invalid argument"), "{call}: {e}"),
+        }
     }
 }
 

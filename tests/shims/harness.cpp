@@ -3,7 +3,7 @@
 // the vendor's ABI.
 //
 // Strict where a driver would be lenient: memory starts as NaN, copies must stay inside one allocation, handles must be
-// live, and the compiler looks at its options.
+// live, and the compiler looks at its options. One call of a test's choice can be made to fail.
 //
 // A header that mod.rs writes of the vendor's file is included by the command line:
 //   SHIM_alloc, SHIM_RTC_log, ...     the names
@@ -82,10 +82,26 @@ bool stream_lives(void* s) {
     std::lock_guard<std::mutex> hold(lock);
     return !s || handles.count(s);
 }
+// Calls until one fails; below 0, none does. Calls that give something back never fail: nobody could do anything about it.
+int calls_left = -1;
+const char* failed = "";
+bool fails(const char* call) {
+    std::lock_guard<std::mutex> hold(lock);
+    if (calls_left < 0 || calls_left-- != 0) return false;
+    failed = call;
+    return true;
+}
 }  // namespace
+#define FAULT if (fails(__func__)) return INVALID;
 
 // This is not the vendor's library: what runs through it proves tier T3.
 API int polymla_stand_in_tier() { return 3; }
+
+// For tests: lets the call after this many fail, says which it was, and counts what was made and not given back.
+API void polymla_stand_in_fail_after(int calls) { calls_left = calls, failed = ""; }
+API int polymla_stand_in_left() { return calls_left; }
+API const char* polymla_stand_in_failed() { return failed; }
+API size_t polymla_stand_in_alive() { return allocations.size() + modules.size() + handles.size(); }
 
 namespace {
 const char* name_of(int code) { return code == INVALID ? "InvalidValue" : "OtherError"; }
@@ -98,24 +114,24 @@ API int SHIM(error_string)(int code, const char** words) { return *words = words
 API const char* SHIM(error_name)(int code) { return name_of(code); }
 API const char* SHIM(error_string)(int code) { return words_of(code); }
 #endif
-API int SHIM(init)(unsigned flags) { return flags ? INVALID : 0; }
-API int SHIM(version)(int* v) { return *v = 60000000, 0; }
-API int SHIM(device_count)(int* n) { return *n = 2, 0; }
+API int SHIM(init)(unsigned flags) { FAULT return flags ? INVALID : 0; }
+API int SHIM(version)(int* v) { FAULT return *v = 60000000, 0; }
+API int SHIM(device_count)(int* n) { FAULT return *n = 2, 0; }
 #ifdef SHIM_CONTEXTS
 // Devices are not their ordinals here, and a context is made of its device; none is current at first.
-API int SHIM(device_get)(int* d, int ordinal) { return ordinal < 0 || ordinal > 1 ? INVALID : (*d = ordinal + 10, 0); }
-API int SHIM(retain_context)(void** context, int d) {
+API int SHIM(device_get)(int* d, int ordinal) { FAULT return ordinal < 0 || ordinal > 1 ? INVALID : (*d = ordinal + 10, 0); }
+API int SHIM(retain_context)(void** context, int d) { FAULT
     return d < 10 || d > 11 ? INVALID : (*context = reinterpret_cast<void*>(uintptr_t(d)), 0);
 }
-API int SHIM(get_context)(void** context) { return *context = reinterpret_cast<void*>(uintptr_t(current)), 0; }
-API int SHIM(set_context)(void* context) { return current = int(reinterpret_cast<uintptr_t>(context)), 0; }
+API int SHIM(get_context)(void** context) { FAULT return *context = reinterpret_cast<void*>(uintptr_t(current)), 0; }
+API int SHIM(set_context)(void* context) { FAULT return current = int(reinterpret_cast<uintptr_t>(context)), 0; }
 constexpr int FIRST = 10;
 #else
-API int SHIM(get_device)(int* d) { return *d = current, 0; }
-API int SHIM(set_device)(int d) { return d < 0 || d > 1 ? INVALID : (current = d, 0); }
+API int SHIM(get_device)(int* d) { FAULT return *d = current, 0; }
+API int SHIM(set_device)(int d) { FAULT return d < 0 || d > 1 ? INVALID : (current = d, 0); }
 constexpr int FIRST = 0;
 #endif
-API int SHIM(device_attribute)(int* value, int attribute, int device) {
+API int SHIM(device_attribute)(int* value, int attribute, int device) { FAULT
     device -= FIRST;
     if (device < 0 || device > 1) return INVALID;
     // Device 0 has waves that the kernels are not for: the host must pass it over.
@@ -130,59 +146,59 @@ API int SHIM(device_attribute)(int* value, int attribute, int device) {
 #endif
     return INVALID;
 }
-API int SHIM(device_name)(char* name, int length, int device) {
+API int SHIM(device_name)(char* name, int length, int device) { FAULT
     if (device < FIRST || device > FIRST + 1) return INVALID;
     std::snprintf(name, size_t(length), "fiber harness %d", device - FIRST);
     return 0;
 }
 #ifdef SHIM_PROPERTIES_BYTES
-API int SHIM(device_properties)(void* properties, int) {
+API int SHIM(device_properties)(void* properties, int) { FAULT
     std::memset(properties, 0, SHIM_PROPERTIES_BYTES);
     std::strcpy(static_cast<char*>(properties) + SHIM_ARCH_AT, SHIM_ARCH_NAME);
     return 0;
 }
 #endif
-API int SHIM(alloc)(void** p, size_t bytes) { return current == FIRST + 1 ? allocate(p, bytes) : NO_DEVICE; }
+API int SHIM(alloc)(void** p, size_t bytes) { FAULT return current == FIRST + 1 ? allocate(p, bytes) : NO_DEVICE; }
 API int SHIM(free)(void* p) { return release(p); }
-API int SHIM(host_alloc)(void** p, size_t bytes, unsigned flags) { return flags == SHIM_HOST_FLAGS ? allocate(p, bytes) : INVALID; }
-API int SHIM(host_address)(void** out, void* p, unsigned flags) { return flags ? INVALID : (*out = p, 0); }
+API int SHIM(host_alloc)(void** p, size_t bytes, unsigned flags) { FAULT return flags == SHIM_HOST_FLAGS ? allocate(p, bytes) : INVALID; }
+API int SHIM(host_address)(void** out, void* p, unsigned flags) { FAULT return flags ? INVALID : (*out = p, 0); }
 API int SHIM(host_free)(void* p) { return release(p); }
-API int SHIM(copy_to_device)(void* to, void* from, size_t n) { return inside(to, n) ? std::memcpy(to, from, n), 0 : INVALID; }
-API int SHIM(copy_to_host)(void* to, void* from, size_t n) { return inside(from, n) ? std::memcpy(to, from, n), 0 : INVALID; }
-API int SHIM(copy_on_device)(void* to, void* from, size_t n, void* stream) {
+API int SHIM(copy_to_device)(void* to, void* from, size_t n) { FAULT return inside(to, n) ? std::memcpy(to, from, n), 0 : INVALID; }
+API int SHIM(copy_to_host)(void* to, void* from, size_t n) { FAULT return inside(from, n) ? std::memcpy(to, from, n), 0 : INVALID; }
+API int SHIM(copy_on_device)(void* to, void* from, size_t n, void* stream) { FAULT
     return inside(to, n) && inside(from, n) && stream_lives(stream) ? std::memcpy(to, from, n), 0 : INVALID;
 }
-API int SHIM(fill_bytes)(void* to, unsigned char value, size_t n, void* stream) {
+API int SHIM(fill_bytes)(void* to, unsigned char value, size_t n, void* stream) { FAULT
     return inside(to, n) && stream_lives(stream) ? std::memset(to, value, n), 0 : INVALID;
 }
-API int SHIM(fill_words)(void* to, int value, size_t n, void* stream) {
+API int SHIM(fill_words)(void* to, int value, size_t n, void* stream) { FAULT
     if (!inside(to, 4 * n) || !stream_lives(stream)) return INVALID;
     for (size_t i = 0; i < n; ++i) static_cast<int*>(to)[i] = value;
     return 0;
 }
-API int SHIM(synchronize)() { return 0; }
-API int SHIM(stream_create)(void** s, unsigned flags) { return flags ? INVALID : make(s, handles); }
+API int SHIM(synchronize)() { FAULT return 0; }
+API int SHIM(stream_create)(void** s, unsigned flags) { FAULT return flags ? INVALID : make(s, handles); }
 API int SHIM(stream_destroy)(void* s) { return drop(s, handles); }
-API int SHIM(stream_synchronize)(void* s) { return stream_lives(s) ? 0 : INVALID; }
-API int SHIM(event_create)(void** e, unsigned flags) { return flags ? INVALID : make(e, handles); }
+API int SHIM(stream_synchronize)(void* s) { FAULT return stream_lives(s) ? 0 : INVALID; }
+API int SHIM(event_create)(void** e, unsigned flags) { FAULT return flags ? INVALID : make(e, handles); }
 API int SHIM(event_destroy)(void* e) { return drop(e, handles); }
-API int SHIM(event_record)(void* e, void* s) { return e && stream_lives(e) && stream_lives(s) ? 0 : INVALID; }
-API int SHIM(event_synchronize)(void* e) { return e && stream_lives(e) ? 0 : INVALID; }
-API int SHIM(event_elapsed)(float* ms, void* a, void* b) {
+API int SHIM(event_record)(void* e, void* s) { FAULT return e && stream_lives(e) && stream_lives(s) ? 0 : INVALID; }
+API int SHIM(event_synchronize)(void* e) { FAULT return e && stream_lives(e) ? 0 : INVALID; }
+API int SHIM(event_elapsed)(float* ms, void* a, void* b) { FAULT
     return a && b && stream_lives(a) && stream_lives(b) ? (*ms = 1.5f, 0) : INVALID;
 }
-API int SHIM(module_load)(void** m, const void* image) {
+API int SHIM(module_load)(void** m, const void* image) { FAULT
     return std::memcmp(image, CODE, sizeof CODE) == 0 ? make(m, modules) : INVALID;
 }
 API int SHIM(module_unload)(void* m) { return drop(m, modules); }
-API int SHIM(module_function)(void** f, void* m, const char* name) {
+API int SHIM(module_function)(void** f, void* m, const char* name) { FAULT
     std::lock_guard<std::mutex> hold(lock);
     if (!modules.count(m) || !simt_shared_bytes(name)) return NOT_FOUND;
     *f = const_cast<char*>(functions.insert(name).first->c_str());
     return 0;
 }
 API int SHIM(launch)(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                              unsigned shared, void* stream, void** params, void** extra) {
+                              unsigned shared, void* stream, void** params, void** extra) { FAULT
     const char* name = static_cast<const char*>(f);
     if (!gx || gy != 1 || gz != 1 || bx != 256 || by != 1 || bz != 1 || extra || !stream_lives(stream)) return INVALID;
     if (shared > SHIM_SHARED_KIB * 1024 || shared < simt_shared_bytes(name)) return INVALID;
@@ -205,8 +221,8 @@ API int cuFuncSetAttribute(void* f, int attribute, int value) {
 #ifndef SHIM_NO_COMPILER
 // The compiler: takes the source for what it is by its options, and counts how often it was asked.
 API const char* SHIM_RTC(error_string)(int) { return "compilation failed"; }
-API int SHIM_RTC(version)(int* major, int* minor) { return *major = 1, *minor = 2, 0; }
-API int SHIM_RTC(create)(void** p, const char* text, const char* name, int headers, const char**, const char**) {
+API int SHIM_RTC(version)(int* major, int* minor) { FAULT return *major = 1, *minor = 2, 0; }
+API int SHIM_RTC(create)(void** p, const char* text, const char* name, int headers, const char**, const char**) { FAULT
     if (headers || std::strstr(text, "#include \"") || std::strcmp(name, "portable.cu")) return INVALID;
 #ifdef SHIM_NVIDIA
     // What stands before the vendor's source ends with a line that numbers the others as they were.
@@ -214,7 +230,7 @@ API int SHIM_RTC(create)(void** p, const char* text, const char* name, int heade
 #endif
     return make(p, handles);
 }
-API int SHIM_RTC(compile)(void*, int count, const char** options) {
+API int SHIM_RTC(compile)(void*, int count, const char** options) { FAULT
     bool arch = false, smem = false;
     for (int i = 0; i < count; ++i) {
         arch |= !std::strncmp(options[i], SHIM_ARCH_OPTION, std::strlen(SHIM_ARCH_OPTION));
@@ -226,9 +242,9 @@ API int SHIM_RTC(compile)(void*, int count, const char** options) {
     }
     return arch && smem ? 0 : INVALID;
 }
-API int SHIM_RTC(log_size)(void*, size_t* n) { return *n = 1, 0; }
-API int SHIM_RTC(log)(void*, char* log) { return *log = 0, 0; }
-API int SHIM_RTC(binary_size)(void*, size_t* n) { return *n = sizeof CODE, 0; }
-API int SHIM_RTC(binary)(void*, char* code) { return std::memcpy(code, CODE, sizeof CODE), 0; }
+API int SHIM_RTC(log_size)(void*, size_t* n) { FAULT return *n = 1, 0; }
+API int SHIM_RTC(log)(void*, char* log) { FAULT return *log = 0, 0; }
+API int SHIM_RTC(binary_size)(void*, size_t* n) { FAULT return *n = sizeof CODE, 0; }
+API int SHIM_RTC(binary)(void*, char* code) { FAULT return std::memcpy(code, CODE, sizeof CODE), 0; }
 API int SHIM_RTC(destroy)(void** p) { return drop(*p, handles); }
 #endif
