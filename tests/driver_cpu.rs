@@ -122,7 +122,7 @@ fn one_step(vendor: &str, made: &mut Made) -> polymla::Result<()> {
     for bytes in [bytemuck::cast_slice(&q), bytemuck::cast_slice(&k), bytemuck::cast_slice(&table)] {
         made.buffers.push(backend.upload(bytes)?);
     }
-    for bytes in [&bytemuck::cast_slice(&lengths)[..], &[0; 512 * 2], &[0; 4]] {
+    for bytes in [bytemuck::bytes_of(&lengths), &[0; 512 * 2], &[0; 4]] {
         made.buffers.push(backend.upload(bytes)?);
     }
     let [q_at, k_at, table_at, lengths_at, out_at, lse_at, scratch @ ..] = &mut made.buffers[..] else {

@@ -7,6 +7,8 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Names the folder to keep compiled kernels in; empty keeps none.
 pub const CACHE_VARIABLE: &str = "POLYMLA_CACHE_DIR";
@@ -76,7 +78,11 @@ impl DiskCache {
     /// Keeps a binary. A cache that cannot be written costs time at the next start, nothing else; so no error.
     pub(crate) fn write(&self, name: &str, key: Key, binary: &[u8]) -> bool {
         let path = self.path(name, key);
-        let partial = path.with_extension(format!("{}.partial", std::process::id()));
+        // Several threads may compile the same kernel, and processes of several containers have the same number.
+        static WRITES: AtomicU64 = AtomicU64::new(0);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+        let own = (std::process::id(), WRITES.fetch_add(1, Ordering::Relaxed), now);
+        let partial = path.with_extension(format!("{}-{}-{:x}.partial", own.0, own.1, own.2));
         let written = fs::create_dir_all(&self.folder).and_then(|()| Self::write_file(&partial, key, binary));
         let kept = written.and_then(|()| fs::rename(&partial, &path)).is_ok();
         if !kept {
@@ -86,7 +92,7 @@ impl DiskCache {
     }
 
     fn write_file(path: &Path, key: Key, binary: &[u8]) -> std::io::Result<()> {
-        let mut file = fs::File::create(path)?;
+        let mut file = fs::File::create_new(path)?;
         for part in [&MAGIC[..], &key.0.to_le_bytes(), &fnv(FNV_OFFSET, binary).to_le_bytes(), binary] {
             file.write_all(part)?;
         }
@@ -138,6 +144,24 @@ mod tests {
             fs::write(&path, damaged).expect("damage");
             assert_eq!(cache.read("decode", key), None, "byte {at} changed");
         }
+        fs::remove_dir_all(&cache.folder).expect("clean up");
+    }
+
+    #[test]
+    fn writers_of_one_key_do_not_disturb_each_other_nor_readers() {
+        let cache = cache("threads");
+        let key = Key::new([&b"source"[..]]);
+        let binary = vec![7; 1 << 20];
+        assert!(cache.write("decode", key, &binary));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..10).for_each(|_| assert!(cache.write("decode", key, &binary), "a write was lost")));
+                scope.spawn(|| {
+                    (0..50).for_each(|_| assert!(cache.read("decode", key).is_some(), "a reader saw half a file"));
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(&cache.folder).expect("folder").count(), 1, "no partial file stays behind");
         fs::remove_dir_all(&cache.folder).expect("clean up");
     }
 
