@@ -79,15 +79,26 @@ mod tests {
     /// An ELF file of one segment and two sections, the second of which has nothing in the file.
     fn small_elf() -> Vec<u8> {
         let mut elf = vec![0u8; 64 + 56 + 32 + 2 * 64];
-        let mut put =
-            |at: usize, bytes: usize, value: u64| elf[at..at + bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
-        put(0, 8, u64::from_le_bytes(*b"\x7fELF\x02\x01\x01\x00"));
-        for (at, bytes, value) in [(32, 8, 64), (40, 8, 152), (54, 2, 56), (56, 2, 1), (58, 2, 64), (60, 2, 2)] {
-            put(at, bytes, value);
+        let fields = [
+            (0, 8, u64::from_le_bytes(*b"\x7fELF\x02\x01\x01\x00")),
+            (32, 8, 64),
+            (40, 8, 152),
+            (54, 2, 56),
+            (56, 2, 1),
+            (58, 2, 64),
+            (60, 2, 2),
+            (64 + 8, 8, 120),
+            (64 + 32, 8, 32),
+            (152 + 4, 4, 1),
+            (152 + 24, 8, 120),
+            (152 + 32, 8, 32),
+            (216 + 4, 4, NO_BITS),
+            (216 + 24, 8, 152),
+            (216 + 32, 8, 1 << 40),
+        ];
+        for (at, bytes, value) in fields {
+            elf[at..at + bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
         }
-        (put(64 + 8, 8, 120), put(64 + 32, 8, 32));
-        (put(152 + 4, 4, 1), put(152 + 24, 8, 120), put(152 + 32, 8, 32));
-        (put(216 + 4, 4, NO_BITS), put(216 + 24, 8, 152), put(216 + 32, 8, 1 << 40));
         elf
     }
 
