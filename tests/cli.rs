@@ -120,6 +120,17 @@ fn a_required_backend_that_is_absent_fails() {
     assert!(text(&output.stderr).contains("abacus"), "{output:?}");
 }
 
+/// Bytes that are no UTF-8 name no backend, and must not pass for nothing required.
+#[test]
+#[cfg(unix)]
+fn a_required_backend_whose_name_is_no_utf8_fails() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polymla"));
+    command.args(["conformance", SMALL, "--backend", "cpu"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    let output = command.env("POLYMLA_REQUIRE", std::ffi::OsStr::from_bytes(b"cp\xff")).output().expect("it starts");
+    assert!(!output.status.success() && text(&output.stderr).contains("POLYMLA_REQUIRE"), "{output:?}");
+}
+
 /// A typo in the variable must neither panic nor pass for "whatever is there".
 #[test]
 fn a_wrong_instruction_set_is_an_error_that_says_which_there_are() {

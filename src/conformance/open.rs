@@ -11,7 +11,7 @@ const REQUIRE: &str = "POLYMLA_REQUIRE";
 /// # Errors
 /// [`MlaError::Environment`] for a name that this build does not contain: a typo must not pass as a skip.
 pub fn required() -> Result<Vec<String>> {
-    parse_required(&std::env::var(REQUIRE).unwrap_or_default())
+    parse_required(&std::env::var_os(REQUIRE).unwrap_or_default().to_string_lossy())
 }
 
 fn parse_required(list: &str) -> Result<Vec<String>> {

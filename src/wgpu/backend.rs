@@ -59,7 +59,7 @@ impl WgpuBackend {
     /// # Errors
     /// [`MlaError::Absent`] with the reason; [`MlaError::Environment`].
     pub fn new() -> Result<WgpuBackend> {
-        let named = std::env::var(PATH_VARIABLE).unwrap_or_default();
+        let named = std::env::var_os(PATH_VARIABLE).unwrap_or_default().to_string_lossy().into_owned();
         let forced = Path::ALL.into_iter().find(|path| path.name() == named);
         if forced.is_none() && !named.is_empty() {
             let limit = Path::ALL.map(Path::name).join(", ");
@@ -111,7 +111,7 @@ impl WgpuBackend {
 
     fn on(context: Context, forced: Option<Path>) -> Result<WgpuBackend> {
         let dummy = context.buffer(256, memory::USAGE)?;
-        let named = std::env::var(WORKGROUPS_VARIABLE).unwrap_or_default();
+        let named = std::env::var_os(WORKGROUPS_VARIABLE).unwrap_or_default().to_string_lossy().into_owned();
         let workgroups = match named.parse() {
             Ok(n) if (1..=65_535).contains(&n) => Some(n),
             _ if !named.is_empty() => {

@@ -69,7 +69,8 @@ fn adapters() -> Vec<::wgpu::Adapter> {
 
 /// Picks an adapter: the best, or the one that the environment names.
 fn pick() -> Result<::wgpu::Adapter> {
-    let named = std::env::var(ADAPTER_VARIABLE).unwrap_or_default();
+    // What is no UTF-8 is no adapter's name, and must not pass for unset.
+    let named = std::env::var_os(ADAPTER_VARIABLE).unwrap_or_default().to_string_lossy().into_owned();
     let adapters = adapters();
     let names: Vec<String> = adapters.iter().map(|a| a.get_info().name).collect();
     let mut fitting = adapters.into_iter().filter(|a| a.get_info().name.contains(&named));

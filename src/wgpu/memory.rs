@@ -52,6 +52,9 @@ const CALLBACK: Duration = Duration::from_secs(30);
 /// Bytes copied between host and device at a time.
 const PIECE: usize = 64 << 20;
 
+/// Bytes copied at a time when a buffer is filled with copies of a tile: one of 4 bytes would take a command for each word.
+const LEAST_TILE: usize = 1 << 20;
+
 impl Context {
     /// A buffer of at least `bytes` bytes, in whole words.
     pub(super) fn buffer(&self, bytes: usize, usage: ::wgpu::BufferUsages) -> Result<::wgpu::Buffer> {
@@ -98,8 +101,9 @@ impl Context {
             let whole: Vec<u8> = tile.iter().copied().cycle().take(if tile.is_empty() { 0 } else { bytes }).collect();
             return self.write(&buffer.buffer, &whole);
         }
+        let tile = tile.repeat(LEAST_TILE.div_ceil(tile.len()));
         let source = self.buffer(tile.len(), USAGE)?;
-        self.write(&source, tile)?;
+        self.write(&source, &tile)?;
         self.guarded("copy_buffer_to_buffer", || {
             self.enqueue(|encoder| {
                 for at in (0..bytes).step_by(tile.len()) {

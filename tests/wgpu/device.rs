@@ -292,6 +292,20 @@ fn too_much_memory_is_an_error() {
 }
 
 #[test]
+fn tiles_of_any_size_fill_buffers_to_the_end() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    // The last is what a copy of each tile would take minutes for.
+    for (tile, bytes) in [(3, 1001), (4, 1001), (12, 12), (4096, 5), ((1 << 20) + 4, 5 << 20), (4, (128 << 20) + 2)] {
+        let tile: Vec<u8> = (0..tile).map(|i| (i % 251) as u8 + 1).collect();
+        let buffer = backend.upload_repeated(&tile, bytes).expect("a buffer");
+        let mut whole = vec![0; bytes];
+        backend.download(&buffer, &mut whole).expect("a copy");
+        let right = whole.chunks(tile.len()).all(|piece| piece == &tile[..piece.len()]);
+        assert!(right, "{} bytes repeated to {bytes}", tile.len());
+    }
+}
+
+#[test]
 fn a_lost_device_is_an_error_everywhere() {
     let Some(backend) = super::backend(WgpuBackend::new) else { return };
     let tensors = Tensors::new(&backend, &[200, 40, 256], &TABLE, None);
