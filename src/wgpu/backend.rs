@@ -82,7 +82,7 @@ impl WgpuBackend {
     }
 
     /// A backend over a device of the caller's, who keeps its callbacks. Paths are chosen from the features that the
-    /// device was opened with.
+    /// device was opened with. Buffers must be of this device: wgpu tells those of other instances apart by nothing.
     ///
     /// Matrices only where [`WgpuBackend::with_path`] asks for them: a device does not tell their sizes, which must be
     /// 16 x 16 x 16, f16 into f32; [`Path::Matrix64`] wants `MEMORY_DECORATION_VOLATILE` too.

@@ -1,6 +1,6 @@
 //! The adapter and the device: what they offer, and their errors as values.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{ThreadId, current};
 
 use super::NAME;
@@ -51,11 +51,16 @@ pub(super) fn platform(call: &'static str, message: String) -> MlaError {
 
 /// The adapters of this machine, best first: a GPU of its own, one that shares memory, software.
 fn adapters() -> Vec<::wgpu::Adapter> {
-    let mut options = ::wgpu::InstanceDescriptor::new_without_display_handle();
-    options.backends = ::wgpu::Backends::PRIMARY;
-    // Release builds of wgpu have no validation layers; debug builds would ask for them, and warn where there are none.
-    options.flags = ::wgpu::InstanceFlags::empty();
-    let instance = ::wgpu::Instance::new(options);
+    // One for all devices: buffers are numbers within their instance, so that one of another instance would be taken for
+    // whatever has its number here. Of the same instance, wgpu refuses buffers of other devices.
+    static INSTANCE: OnceLock<::wgpu::Instance> = OnceLock::new();
+    let instance = INSTANCE.get_or_init(|| {
+        let mut options = ::wgpu::InstanceDescriptor::new_without_display_handle();
+        options.backends = ::wgpu::Backends::PRIMARY;
+        // Release builds of wgpu have no validation layers; debug builds would ask for them, and warn where there are none.
+        options.flags = ::wgpu::InstanceFlags::empty();
+        ::wgpu::Instance::new(options)
+    });
     let mut adapters = pollster::block_on(instance.enumerate_adapters(::wgpu::Backends::PRIMARY));
     adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
         ::wgpu::DeviceType::DiscreteGpu => 0,

@@ -267,6 +267,53 @@ fn calls_that_cannot_run_are_errors() {
     assert!(matches!(refused, Err(MlaError::WrongDevice { param: "cache_seqlens", .. })), "{refused:?}");
 }
 
+/// Buffers that wgpu refuses, each in place of a good one: an error, after which the backend is as good as before.
+#[test]
+fn buffers_that_do_not_suit_are_errors() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    let other = super::backend(WgpuBackend::new).expect("as before");
+    let tensors = Tensors::new(&backend, &[200, 40, 256], &TABLE, None);
+    let (problem, options) = (&tensors.problem, ScheduleOptions::default());
+    let schedule = backend.schedule(problem, &options, &tensors.inputs(), ()).expect("a schedule");
+    let bytes = backend.workspace_bytes(problem, &schedule);
+    let mut scratch = backend.alloc(bytes).expect("workspace");
+    let device = MlaBackend::info(&backend).device;
+    let make = |usage, mapped_at_creation| {
+        let size = (3 * HEADS * 576 * 2).max(bytes).next_multiple_of(16) as u64;
+        backend.device().create_buffer(&api::BufferDescriptor { label: None, size, usage, mapped_at_creation })
+    };
+    let usual = api::BufferUsages::STORAGE | api::BufferUsages::COPY_DST;
+    let destroyed = make(usual, false);
+    destroyed.destroy();
+    let size = 3 * HEADS * 576 * 2;
+    for (what, buffer) in [
+        ("another device's", other.alloc(size.max(bytes)).expect("a buffer").buffer().clone()),
+        ("not for kernels", make(api::BufferUsages::COPY_DST, false)),
+        ("mapped", make(usual, true)),
+        ("destroyed", destroyed),
+    ] {
+        let (dtype, shape, strides) = description(DType::Bf16, &[3, 1, HEADS, 576]);
+        let mut inputs = tensors.inputs();
+        let q = TensorView::from_object("q", &buffer, 0, size as u64, dtype, &shape, &strides, device).expect(what);
+        inputs.query = Query::Fused(q);
+        let mut workspace = backend.workspace(&mut scratch);
+        let refused = backend.run(problem, &schedule, &mut workspace, &inputs, &mut tensors.outputs(), ());
+        assert!(matches!(refused, Err(MlaError::Platform { backend: "wgpu", .. })), "q {what}: {refused:?}");
+        let mut inputs = tensors.inputs();
+        let (dtype, shape, strides) = description(DType::I32, &[3]);
+        let lengths = TensorView::from_object("cache_seqlens", &buffer, 0, 12, dtype, &shape, &strides, device);
+        inputs.cache_seqlens = lengths.expect(what);
+        let refused = backend.schedule(problem, &options, &inputs, ()).map(|_| ());
+        assert!(matches!(refused, Err(MlaError::Platform { backend: "wgpu", .. })), "lengths {what}: {refused:?}");
+        let mut workspace = Workspace::from_object(&buffer, 0, bytes, device);
+        let refused = backend.run(problem, &schedule, &mut workspace, &tensors.inputs(), &mut tensors.outputs(), ());
+        assert!(matches!(refused, Err(MlaError::Platform { backend: "wgpu", .. })), "workspace {what}: {refused:?}");
+    }
+    let mut workspace = backend.workspace(&mut scratch);
+    let ran = backend.run(problem, &schedule, &mut workspace, &tensors.inputs(), &mut tensors.outputs(), ());
+    assert_eq!(ran.and_then(|()| backend.finish(&schedule, ())), Ok(()));
+}
+
 /// Outputs over inputs, in one buffer of the caller's.
 #[test]
 fn outputs_over_inputs_are_refused() {
