@@ -6,6 +6,8 @@
 #[macro_use]
 pub mod vendor;
 pub mod corex;
+#[path = "../common/cpp.rs"]
+mod cpp;
 pub mod hip;
 pub mod maca;
 pub mod musa;
@@ -130,23 +132,14 @@ pub fn build(path: &Path, case: &Case, lanes: u32, more: &str) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let written = path.with_extension("h");
     std::fs::write(&written, header(case, more)).expect("the target folder");
-    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let compiler = cc::Build::new().cpp(true).target(&target).host(&target).opt_level(2).warnings(false).get_compiler();
-    let mut command = compiler.to_command();
-    command.args([
-        "-std=c++17",
-        "-shared",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wno-unknown-pragmas",
-        "-U_FORTIFY_SOURCE",
-    ]);
-    command.args([format!("-DPM_WARP={lanes}"), format!("-DPOLYMLA_SMEM_KIB={}", case.class)]);
-    command.args([OsStr::new("-include"), written.as_os_str()]);
-    command.arg("-I").arg(root.join("tests/simt")).arg("-I").arg(root.join("backends/portable"));
-    command.args(["tests/simt/simt.cpp", "tests/simt/library.cpp", "tests/shims/harness.cpp"].map(|f| root.join(f)));
-    let output = command.arg("-o").arg(path).output().expect("a C++ compiler is needed (g++)");
-    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
+    cpp::library(path, 2, |command| {
+        command.args(["-fvisibility=hidden", "-Wno-unknown-pragmas"]);
+        command.args([format!("-DPM_WARP={lanes}"), format!("-DPOLYMLA_SMEM_KIB={}", case.class)]);
+        command.args([OsStr::new("-include"), written.as_os_str()]);
+        command.arg("-I").arg(root.join("tests/simt")).arg("-I").arg(root.join("backends/portable"));
+        command
+            .args(["tests/simt/simt.cpp", "tests/simt/library.cpp", "tests/shims/harness.cpp"].map(|f| root.join(f)));
+    });
     std::fs::remove_file(written).expect("it was written");
 }
 

@@ -1,14 +1,14 @@
 //! Builds of the portable kernels for this CPU: compiled by g++ on first use, loaded, called by name.
 
-use std::collections::hash_map::DefaultHasher;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::fs;
-use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Mutex;
 
 use libloading::Library;
+
+#[path = "../common/cpp.rs"]
+mod cpp;
 
 /// What a build emulates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,31 +110,17 @@ static BUILDING: Mutex<()> = Mutex::new(());
 
 fn build(variant: &Variant) -> PathBuf {
     let _turn = BUILDING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let mut hasher = DefaultHasher::new();
-    for file in sources() {
-        fs::read(&file).unwrap().hash(&mut hasher);
-    }
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let path = dir.join(format!("simt-{}-{:016x}.so", variant.name, hasher.finish()));
-    if path.exists() {
-        return path;
-    }
+    let path = dir.join(format!("simt-{}-{:016x}.so", variant.name, cpp::fingerprint(sources())));
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let compiler = cc::Build::new().cpp(true).target(&target).host(&target).opt_level(2).warnings(false).get_compiler();
-    let unfinished = dir.join(format!("simt-{}-{}.part", variant.name, std::process::id()));
-    let mut command: Command = compiler.to_command();
-    command.args(["-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]);
-    // Fibers jump between stacks, which the fortified longjmp takes for a mistake.
-    command.arg("-U_FORTIFY_SOURCE");
-    command.arg(format!("-DPM_WARP={}", variant.warp)).arg(format!("-DPOLYMLA_SMEM_KIB={}", variant.shared_kib));
-    if !variant.tile.is_empty() {
-        command.arg(format!("-D{}", variant.tile));
-    }
-    command.arg("-I").arg(root.join("tests/simt")).arg("-I").arg(root.join("backends/portable"));
-    command.arg(root.join("tests/simt/simt.cpp")).arg(root.join("tests/simt/library.cpp"));
-    let output = command.arg("-o").arg(&unfinished).output().expect("a C++ compiler is needed (g++)");
-    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
-    fs::rename(&unfinished, &path).unwrap();
+    cpp::library(&path, 2, |command| {
+        command.args(["-Wall", "-Werror", "-Wno-unknown-pragmas"]);
+        command.arg(format!("-DPM_WARP={}", variant.warp)).arg(format!("-DPOLYMLA_SMEM_KIB={}", variant.shared_kib));
+        if !variant.tile.is_empty() {
+            command.arg(format!("-D{}", variant.tile));
+        }
+        command.arg("-I").arg(root.join("tests/simt")).arg("-I").arg(root.join("backends/portable"));
+        command.arg(root.join("tests/simt/simt.cpp")).arg(root.join("tests/simt/library.cpp"));
+    });
     path
 }

@@ -2,13 +2,13 @@
 //! are told comes from the same functions as on a device; golden files, random problems and bad input are what a device gets, too.
 //! `mutants` plants faults in copies of the sources.
 
-use std::collections::hash_map::DefaultHasher;
 use std::ffi::{c_int, c_void};
 use std::fs;
-use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+#[path = "../../../tests/common/cpp.rs"]
+mod cpp;
 mod mutants;
 
 use libloading::Library;
@@ -80,32 +80,14 @@ fn sources(root: &Path) -> Vec<PathBuf> {
 /// Compiles where this build of these sources is not there yet.
 fn build() -> PathBuf {
     let root = std::env::var_os(ROOT_VARIABLE).map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
-    let mut hasher = DefaultHasher::new();
-    for file in sources(&root) {
-        fs::read(file).expect("a source").hash(&mut hasher);
-    }
     let dir = Path::new(concat!(env!("OUT_DIR"), "/sm90-emulated"));
     fs::create_dir_all(dir).expect("a folder for the library");
-    let path = dir.join(format!("{:016x}.so", hasher.finish()));
-    if path.exists() {
-        return path;
-    }
-    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    let compiler = cc::Build::new()
-        .cpp(true)
-        .target(&target)
-        .host(&target)
-        .opt_level(if planted() { 1 } else { 2 })
-        .warnings(false)
-        .get_compiler();
-    let unfinished = dir.join(format!("{}.part", std::process::id()));
-    let mut command = compiler.to_command();
-    // Fibers jump between stacks, which the fortified longjmp takes for a mistake; `extern thread_local` is shared memory.
-    command.args(["-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-extern-tls-init"]);
-    command.arg("-DPOLYMLA_EMULATED=\"../../tests/sm90/emulate.h\"").arg(root.join("tests/sm90/emulate.cpp"));
-    let output = command.arg("-o").arg(&unfinished).output().expect("a C++ compiler is needed (g++)");
-    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
-    fs::rename(&unfinished, &path).expect("rename");
+    let path = dir.join(format!("{:016x}.so", cpp::fingerprint(sources(&root))));
+    cpp::library(&path, if planted() { 1 } else { 2 }, |command| {
+        // `extern thread_local` is shared memory.
+        command.args(["-w", "-fno-extern-tls-init"]);
+        command.arg("-DPOLYMLA_EMULATED=\"../../tests/sm90/emulate.h\"").arg(root.join("tests/sm90/emulate.cpp"));
+    });
     path
 }
 
