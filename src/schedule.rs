@@ -42,6 +42,16 @@ impl Default for SplitPolicy {
 impl SplitPolicy {
     /// The batch-invariant mode with its default split size.
     pub const BATCH_INVARIANT: SplitPolicy = SplitPolicy::BatchInvariant { split_blocks: DEFAULT_INVARIANT_BLOCKS };
+
+    fn check(self) -> Result<()> {
+        match self {
+            SplitPolicy::BatchInvariant { split_blocks } if split_blocks == 0 || split_blocks > i32::MAX as u32 => {
+                let value = i64::from(split_blocks);
+                Err(MlaError::Parameter { param: "split_blocks", value, limit: "1..=2147483647" })
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What a caller may choose about a schedule.
@@ -51,6 +61,29 @@ pub struct ScheduleOptions {
     pub num_sm_parts: Option<usize>,
     /// How requests are cut.
     pub policy: SplitPolicy,
+}
+
+impl ScheduleOptions {
+    /// The number of parts: the caller's, or `default` where there is none. `limit` is the most that a backend takes, with
+    /// the words for it.
+    ///
+    /// # Errors
+    /// [`MlaError::Parameter`] for a number of parts, or a split size, that is out of range.
+    #[allow(dead_code, reason = "for backends with a device")]
+    pub(crate) fn parts(&self, default: usize, limit: (usize, &'static str)) -> Result<usize> {
+        let parts = self.num_sm_parts.unwrap_or_else(|| default.clamp(1, limit.0));
+        check_parts(parts, limit)?;
+        self.policy.check()?;
+        Ok(parts)
+    }
+}
+
+fn check_parts(parts: usize, (most, limit): (usize, &'static str)) -> Result<()> {
+    if parts == 0 || parts > most {
+        let value = i64::try_from(parts).unwrap_or(i64::MAX);
+        return Err(MlaError::Parameter { param: "num_sm_parts", value, limit });
+    }
+    Ok(())
 }
 
 /// One row of upstream's `tile_scheduler_metadata`: the range of blocks a part works on.
@@ -116,10 +149,8 @@ pub fn num_sm_parts(num_sms: usize, problem: &Problem) -> usize {
 /// [`MlaError::NegativeLength`]; [`MlaError::Parameter`] for 0 parts, more than [`MAX_SM_PARTS`], or a split size of 0;
 /// [`MlaError::Overflow`] where the blocks of the batch do not fit the layout's i32.
 pub fn get_mla_metadata(cache_seqlens: &[i32], num_sm_parts: usize, policy: SplitPolicy) -> Result<Schedule> {
-    if num_sm_parts == 0 || num_sm_parts > MAX_SM_PARTS {
-        let value = i64::try_from(num_sm_parts).unwrap_or(i64::MAX);
-        return Err(MlaError::Parameter { param: "num_sm_parts", value, limit: "1..=1048576" });
-    }
+    check_parts(num_sm_parts, (MAX_SM_PARTS, "1..=1048576"))?;
+    policy.check()?;
     let mut blocks = Vec::with_capacity(cache_seqlens.len());
     for (request, len) in cache_seqlens.iter().enumerate() {
         let len = usize::try_from(*len).map_err(|_| MlaError::NegativeLength { request, value: *len })?;
@@ -227,10 +258,6 @@ fn balanced(blocks: &[i32], num_sm_parts: usize, overhead_blocks: u32) -> Result
 }
 
 fn invariant(blocks: &[i32], num_sm_parts: usize, split_blocks: u32) -> Result<Plan> {
-    if split_blocks == 0 || split_blocks > i32::MAX as u32 {
-        let value = i64::from(split_blocks);
-        return Err(MlaError::Parameter { param: "split_blocks", value, limit: "1..=2147483647" });
-    }
     let size = i64::from(split_blocks);
     let splits = |r: usize| div_ceil(i64::from(blocks[r]), size).max(1);
     let total: i64 = (0..blocks.len()).map(splits).sum();

@@ -61,17 +61,7 @@ impl Plan {
         default_parts: usize,
         limit: (usize, &'static str),
     ) -> Result<Plan> {
-        let num_parts = options.num_sm_parts.unwrap_or_else(|| default_parts.clamp(1, limit.0));
-        if num_parts == 0 || num_parts > limit.0 {
-            let value = i64::try_from(num_parts).unwrap_or(i64::MAX);
-            return Err(MlaError::Parameter { param: "num_sm_parts", value, limit: limit.1 });
-        }
-        if let SplitPolicy::BatchInvariant { split_blocks } = options.policy
-            && (split_blocks == 0 || split_blocks > i32::MAX as u32)
-        {
-            let value = i64::from(split_blocks);
-            return Err(MlaError::Parameter { param: "split_blocks", value, limit: "1..=2147483647" });
-        }
+        let num_parts = options.parts(default_parts, limit)?;
         let (b, policy) = (problem.b(), options.policy);
         Ok(Plan { shape: shape(problem), b, capacity: b, num_parts, policy })
     }

@@ -15,7 +15,7 @@ use crate::tensor::TensorView;
 const MAX_TOKENS: u64 = i32::MAX as u64 + 1 - BLOCK_TOKENS as u64;
 
 /// Most parts: a dimension of a dispatch.
-const MAX_PARTS: usize = 65_535;
+const MAX_PARTS: (usize, &str) = (65_535, "1..=65535");
 
 /// Dispatches whose parameters are on the device at once.
 pub(super) const PARAMS_SLOTS: usize = 64;
@@ -57,17 +57,7 @@ impl WgpuSchedule {
         options: &ScheduleOptions,
         default_parts: usize,
     ) -> Result<WgpuSchedule> {
-        let num_parts = options.num_sm_parts.unwrap_or_else(|| default_parts.clamp(1, MAX_PARTS));
-        if num_parts == 0 || num_parts > MAX_PARTS {
-            let value = i64::try_from(num_parts).unwrap_or(i64::MAX);
-            return Err(MlaError::Parameter { param: "num_sm_parts", value, limit: "1..=65535" });
-        }
-        if let SplitPolicy::BatchInvariant { split_blocks } = options.policy
-            && (split_blocks == 0 || split_blocks > i32::MAX as u32)
-        {
-            let value = i64::from(split_blocks);
-            return Err(MlaError::Parameter { param: "split_blocks", value, limit: "1..=2147483647" });
-        }
+        let num_parts = options.parts(default_parts, MAX_PARTS)?;
         let words = NUM_SPLITS_AT + problem.b() + 1 + num_parts * 8;
         Ok(WgpuSchedule {
             shape: shape(problem),
