@@ -88,7 +88,7 @@ impl WgpuBackend {
     /// 16 x 16 x 16, f16 into f32; [`Path::Matrix64`] wants `MEMORY_DECORATION_VOLATILE` too.
     ///
     /// # Errors
-    /// [`MlaError::Platform`].
+    /// [`MlaError::Absent`] where the device was opened with limits that the kernels do not fit; [`MlaError::Platform`].
     pub fn from_device(
         adapter: ::wgpu::AdapterInfo,
         device: ::wgpu::Device,
@@ -110,6 +110,7 @@ impl WgpuBackend {
     }
 
     fn on(context: Context, forced: Option<Path>) -> Result<WgpuBackend> {
+        context.check_limits()?;
         let dummy = context.buffer(256, memory::USAGE)?;
         let named = std::env::var_os(WORKGROUPS_VARIABLE).unwrap_or_default().to_string_lossy().into_owned();
         let workgroups = match named.parse() {

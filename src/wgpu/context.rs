@@ -236,6 +236,29 @@ impl Context {
         }
     }
 
+    /// Checks that the plainest kernels fit the device: every WebGPU implementation grants more, but a caller's device may
+    /// have been opened with less.
+    ///
+    /// # Errors
+    /// [`MlaError::Absent`], with the limit.
+    pub(super) fn check_limits(&self) -> Result<()> {
+        let l = &self.limits;
+        for (name, value, least) in [
+            ("max_storage_buffers_per_shader_stage", u64::from(l.max_storage_buffers_per_shader_stage), 7),
+            ("max_compute_workgroup_storage_size", l.max_compute_workgroup_storage_size.into(), 16 << 10),
+            ("max_compute_invocations_per_workgroup", l.max_compute_invocations_per_workgroup.into(), 128),
+            ("max_compute_workgroup_size_x", l.max_compute_workgroup_size_x.into(), 128),
+            ("max_compute_workgroups_per_dimension", l.max_compute_workgroups_per_dimension.into(), 65_535),
+            ("max_storage_buffer_binding_size", l.max_storage_buffer_binding_size, 1 << 20),
+            ("max_buffer_size", l.max_buffer_size, 1 << 20),
+        ] {
+            if value < least {
+                return Err(absent(format!("{name} of the device is {value}; it must be at least {least}")));
+            }
+        }
+        Ok(())
+    }
+
     /// The most bytes of a buffer that a kernel can see at once. Kernels count elements in 32 bits.
     pub(super) fn binding_bytes(&self) -> u64 {
         self.limits.max_storage_buffer_binding_size.min(1 << 32).next_multiple_of(256) - 256

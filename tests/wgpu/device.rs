@@ -4,28 +4,28 @@ use polymla::half::bf16;
 use polymla::wgpu::shaders::Path;
 use polymla::wgpu::{WgpuBackend, api};
 use polymla::{
-    DType, Device, Inputs, KvCache, Mask, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions, SplitPolicy,
-    TensorView, TensorViewMut, Workspace, get_mla_metadata,
+    DType, Inputs, KvCache, Mask, MlaBackend, MlaError, Outputs, Problem, Query, ScheduleOptions, SplitPolicy,
+    TensorView, TensorViewMut, get_mla_metadata,
 };
 
-const HEADS: usize = 3;
+pub const HEADS: usize = 3;
 const PAGES: usize = 4;
 const COLUMNS: usize = 4;
 
 /// Tensors on the device, for lengths and a table of one's choice.
-struct Tensors<'b> {
-    backend: &'b WgpuBackend,
-    problem: Problem,
-    buffers: Vec<polymla::wgpu::WgpuBuffer>,
+pub struct Tensors<'b> {
+    pub backend: &'b WgpuBackend,
+    pub problem: Problem,
+    pub buffers: Vec<polymla::wgpu::WgpuBuffer>,
 }
 
-fn description(dtype: DType, shape: &[usize]) -> (DType, Vec<usize>, Vec<usize>) {
+pub fn description(dtype: DType, shape: &[usize]) -> (DType, Vec<usize>, Vec<usize>) {
     let strides = polymla::tensor::contiguous_strides(shape)[..shape.len()].to_vec();
     (dtype, shape.to_vec(), strides)
 }
 
 impl<'b> Tensors<'b> {
-    fn new(backend: &'b WgpuBackend, lengths: &[i32], table: &[i32], visible: Option<&[i32]>) -> Self {
+    pub fn new(backend: &'b WgpuBackend, lengths: &[i32], table: &[i32], visible: Option<&[i32]>) -> Self {
         let b = lengths.len();
         let mask = if visible.is_some() { Mask::VisibleLengths } else { Mask::None };
         let builder = Problem::builder(b).h_q(HEADS).num_pages(PAGES).max_pages_per_seq(COLUMNS).mask(mask);
@@ -48,21 +48,21 @@ impl<'b> Tensors<'b> {
         Tensors { backend, problem, buffers }
     }
 
-    fn view(&self, param: &'static str, i: usize, dtype: DType, shape: &[usize]) -> TensorView<'_> {
+    pub fn view(&self, param: &'static str, i: usize, dtype: DType, shape: &[usize]) -> TensorView<'_> {
         let (dtype, shape, strides) = description(dtype, shape);
         let (buffer, device) = (&self.buffers[i], MlaBackend::info(self.backend).device);
         TensorView::from_object(param, buffer.buffer(), 0, buffer.bytes() as u64, dtype, &shape, &strides, device)
             .expect(param)
     }
 
-    fn view_mut(&self, param: &'static str, i: usize, dtype: DType, shape: &[usize]) -> TensorViewMut<'_> {
+    pub fn view_mut(&self, param: &'static str, i: usize, dtype: DType, shape: &[usize]) -> TensorViewMut<'_> {
         let (dtype, shape, strides) = description(dtype, shape);
         let (buffer, device) = (&self.buffers[i], MlaBackend::info(self.backend).device);
         TensorViewMut::from_object(param, buffer.buffer(), 0, buffer.bytes() as u64, dtype, &shape, &strides, device)
             .expect(param)
     }
 
-    fn inputs(&self) -> Inputs<'_> {
+    pub fn inputs(&self) -> Inputs<'_> {
         let b = self.problem.b();
         Inputs {
             query: Query::Fused(self.view("q", 0, DType::Bf16, &[b, 1, HEADS, 576])),
@@ -74,7 +74,7 @@ impl<'b> Tensors<'b> {
         }
     }
 
-    fn outputs(&self) -> Outputs<'_> {
+    pub fn outputs(&self) -> Outputs<'_> {
         let b = self.problem.b();
         Outputs {
             out: self.view_mut("out", 5, DType::Bf16, &[b, 1, HEADS, 512]),
@@ -98,7 +98,7 @@ impl<'b> Tensors<'b> {
     }
 }
 
-const TABLE: [i32; 12] = [0, 3, 1, 2, 2, -1, i32::MAX, 9, 3, 0, 2, 1];
+pub const TABLE: [i32; 12] = [0, 3, 1, 2, 2, -1, i32::MAX, 9, 3, 0, 2, 1];
 
 /// Request 1 is spoilt in every way that only the device can see; the others keep their bits.
 #[test]
@@ -183,159 +183,6 @@ fn schedules_equal_the_hosts() {
         assert_eq!(got_splits, want.num_splits(), "{lengths:?} {policy:?} {parts} parts");
         assert_eq!(got_parts, want.tile_scheduler_metadata(), "{lengths:?} {policy:?} {parts} parts");
     }
-}
-
-#[test]
-fn calls_that_cannot_run_are_errors() {
-    let Some(backend) = super::backend(WgpuBackend::new) else { return };
-    let tensors = Tensors::new(&backend, &[200, 40, 256], &TABLE, None);
-    let (problem, options) = (&tensors.problem, ScheduleOptions::default());
-    let schedule = backend.schedule(problem, &options, &tensors.inputs(), ()).expect("a schedule");
-    let bytes = backend.workspace_bytes(problem, &schedule);
-    let mut scratch = backend.alloc(bytes + 512).expect("workspace");
-    let device = MlaBackend::info(&backend).device;
-    let run = |workspace: &mut Workspace<'_>, inputs: &Inputs<'_>| {
-        backend.run(problem, &schedule, workspace, inputs, &mut tensors.outputs(), ())
-    };
-
-    let buffer = scratch.buffer().clone();
-    let mut small = Workspace::from_object(&buffer, 0, bytes - 1, device);
-    assert!(matches!(run(&mut small, &tensors.inputs()), Err(MlaError::WorkspaceTooSmall { .. })));
-    let mut crooked = Workspace::from_object(&buffer, 4, bytes, device);
-    assert!(matches!(run(&mut crooked, &tensors.inputs()), Err(MlaError::Alignment { param: "workspace", .. })));
-    let mut claims = Workspace::from_object(&buffer, 256, bytes * 2, device);
-    assert!(matches!(run(&mut claims, &tensors.inputs()), Err(MlaError::StrideOverrun { param: "workspace", .. })));
-    let text = String::from("no buffer");
-    let mut other = Workspace::from_object(&text, 0, bytes, device);
-    assert!(matches!(run(&mut other, &tensors.inputs()), Err(MlaError::Unsupported(_))));
-    let mut shared = Workspace::from_object(tensors.buffers[1].buffer(), 0, bytes, device);
-    assert!(run(&mut shared, &tensors.inputs()).is_err());
-    let mut memory = [0u8; 64];
-    let mut host = Workspace::from_slice(&mut memory);
-    assert!(run(&mut host, &tensors.inputs()).is_err());
-
-    let good = |workspace: &mut Workspace<'_>| run(workspace, &tensors.inputs());
-    assert_eq!(good(&mut backend.workspace(&mut scratch)), Ok(()));
-    let mut inputs = tensors.inputs();
-    inputs.query = Query::Fused(
-        TensorView::from_object(
-            "q",
-            &text,
-            0,
-            1 << 20,
-            DType::Bf16,
-            &[3, 1, HEADS, 576],
-            &[1728, 1728, 576, 1],
-            device,
-        )
-        .expect("claims"),
-    );
-    let refused = run(&mut backend.workspace(&mut scratch), &inputs);
-    assert!(matches!(refused, Err(MlaError::Unsupported(ref u)) if u.param == "q"), "{refused:?}");
-    // A view that claims more than its buffer has.
-    let short = tensors.buffers[6].buffer();
-    inputs.query = Query::Fused(
-        TensorView::from_object(
-            "q",
-            short,
-            0,
-            1 << 20,
-            DType::Bf16,
-            &[3, 1, HEADS, 576],
-            &[1728, 1728, 576, 1],
-            device,
-        )
-        .expect("claims"),
-    );
-    let refused = run(&mut backend.workspace(&mut scratch), &inputs);
-    assert!(matches!(refused, Err(MlaError::StrideOverrun { param: "q", .. })), "{refused:?}");
-    // Elsewhere.
-    let mut elsewhere = tensors.inputs();
-    let strides = [1];
-    elsewhere.cache_seqlens = TensorView::from_object(
-        "cache_seqlens",
-        tensors.buffers[3].buffer(),
-        0,
-        12,
-        DType::I32,
-        &[3],
-        &strides,
-        Device::Accelerator { platform: "wgpu", ordinal: 7 },
-    )
-    .expect("claims");
-    let refused = run(&mut backend.workspace(&mut scratch), &elsewhere);
-    assert!(matches!(refused, Err(MlaError::WrongDevice { param: "cache_seqlens", .. })), "{refused:?}");
-}
-
-/// Buffers that wgpu refuses, each in place of a good one: an error, after which the backend is as good as before.
-#[test]
-fn buffers_that_do_not_suit_are_errors() {
-    let Some(backend) = super::backend(WgpuBackend::new) else { return };
-    let other = super::backend(WgpuBackend::new).expect("as before");
-    let tensors = Tensors::new(&backend, &[200, 40, 256], &TABLE, None);
-    let (problem, options) = (&tensors.problem, ScheduleOptions::default());
-    let schedule = backend.schedule(problem, &options, &tensors.inputs(), ()).expect("a schedule");
-    let bytes = backend.workspace_bytes(problem, &schedule);
-    let mut scratch = backend.alloc(bytes).expect("workspace");
-    let device = MlaBackend::info(&backend).device;
-    let make = |usage, mapped_at_creation| {
-        let size = (3 * HEADS * 576 * 2).max(bytes).next_multiple_of(16) as u64;
-        backend.device().create_buffer(&api::BufferDescriptor { label: None, size, usage, mapped_at_creation })
-    };
-    let usual = api::BufferUsages::STORAGE | api::BufferUsages::COPY_DST;
-    let destroyed = make(usual, false);
-    destroyed.destroy();
-    let size = 3 * HEADS * 576 * 2;
-    for (what, buffer) in [
-        ("another device's", other.alloc(size.max(bytes)).expect("a buffer").buffer().clone()),
-        ("not for kernels", make(api::BufferUsages::COPY_DST, false)),
-        ("mapped", make(usual, true)),
-        ("destroyed", destroyed),
-    ] {
-        let (dtype, shape, strides) = description(DType::Bf16, &[3, 1, HEADS, 576]);
-        let mut inputs = tensors.inputs();
-        let q = TensorView::from_object("q", &buffer, 0, size as u64, dtype, &shape, &strides, device).expect(what);
-        inputs.query = Query::Fused(q);
-        let mut workspace = backend.workspace(&mut scratch);
-        let refused = backend.run(problem, &schedule, &mut workspace, &inputs, &mut tensors.outputs(), ());
-        assert!(matches!(refused, Err(MlaError::Platform { backend: "wgpu", .. })), "q {what}: {refused:?}");
-        let mut inputs = tensors.inputs();
-        let (dtype, shape, strides) = description(DType::I32, &[3]);
-        let lengths = TensorView::from_object("cache_seqlens", &buffer, 0, 12, dtype, &shape, &strides, device);
-        inputs.cache_seqlens = lengths.expect(what);
-        let refused = backend.schedule(problem, &options, &inputs, ()).map(|_| ());
-        assert!(matches!(refused, Err(MlaError::Platform { backend: "wgpu", .. })), "lengths {what}: {refused:?}");
-        let mut workspace = Workspace::from_object(&buffer, 0, bytes, device);
-        let refused = backend.run(problem, &schedule, &mut workspace, &tensors.inputs(), &mut tensors.outputs(), ());
-        assert!(matches!(refused, Err(MlaError::Platform { backend: "wgpu", .. })), "workspace {what}: {refused:?}");
-    }
-    let mut workspace = backend.workspace(&mut scratch);
-    let ran = backend.run(problem, &schedule, &mut workspace, &tensors.inputs(), &mut tensors.outputs(), ());
-    assert_eq!(ran.and_then(|()| backend.finish(&schedule, ())), Ok(()));
-}
-
-/// Outputs over inputs, in one buffer of the caller's.
-#[test]
-fn outputs_over_inputs_are_refused() {
-    let Some(backend) = super::backend(WgpuBackend::new) else { return };
-    let tensors = Tensors::new(&backend, &[200, 40, 256], &TABLE, None);
-    let problem = &tensors.problem;
-    let schedule = backend.schedule(problem, &ScheduleOptions::default(), &tensors.inputs(), ()).expect("a schedule");
-    let mut scratch = backend.alloc(backend.workspace_bytes(problem, &schedule)).expect("workspace");
-    let mut outputs = tensors.outputs();
-    outputs.out = tensors.view_mut("out", 1, DType::Bf16, &[3, 1, HEADS, 512]);
-    let mut workspace = backend.workspace(&mut scratch);
-    let refused = backend.run(problem, &schedule, &mut workspace, &tensors.inputs(), &mut outputs, ());
-    assert!(matches!(refused, Err(MlaError::Overlap { param: "out", other: "k_cache", .. })), "{refused:?}");
-}
-
-#[test]
-fn too_much_memory_is_an_error() {
-    let Some(backend) = super::backend(WgpuBackend::new) else { return };
-    for bytes in [1usize << 45, usize::MAX / 2, usize::MAX] {
-        assert!(matches!(backend.alloc(bytes), Err(MlaError::Platform { backend: "wgpu", .. })), "{bytes}");
-    }
-    assert!(backend.alloc(64).is_ok(), "the device is still good");
 }
 
 #[test]
@@ -452,7 +299,7 @@ fn threads_may_share_a_backend() {
 }
 
 /// The answer of a future that natively is there at once.
-fn now<T>(future: impl Future<Output = T>) -> T {
+pub fn now<T>(future: impl Future<Output = T>) -> T {
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     match std::pin::pin!(future).poll(&mut context) {
         std::task::Poll::Ready(value) => value,

@@ -6,6 +6,7 @@ mod limits;
 #[cfg(feature = "cli")]
 mod mutants;
 mod range;
+mod refused;
 mod shaders;
 
 use polymla::wgpu::WgpuBackend;
