@@ -118,6 +118,30 @@ fn expected_values_of_any_type() {
     assert!(matches!(reason, FileReason::ElementType { name: "ref_out", value: Dtype::I64, .. }), "{reason}");
 }
 
+/// Beside a size of 0 others may be of any size, and no data has to be there for them.
+#[test]
+fn an_empty_batch_of_huge_sizes() {
+    let huge = 1 << 30;
+    let tensors = vec![
+        ("q", Dtype::F32, vec![0, huge, huge, 1], vec![]),
+        ("k_cache", Dtype::F32, vec![0, 1, huge, 1], vec![]),
+        ("block_table", Dtype::I32, vec![0, 0], vec![]),
+        ("cache_seqlens", Dtype::I32, vec![0], vec![]),
+        ("ref_out", Dtype::F64, vec![0, huge, huge, 1], vec![]),
+        ("ref_lse", Dtype::F64, vec![0, huge, huge], vec![]),
+    ];
+    let call = load(&tensors, &vec![("head_dim_v", "1")]).expect("a call of nothing");
+    for layout in [Layout::Given, Layout::Fused, Layout::Split] {
+        let call = call.with_layout(layout).expect("as empty");
+        for backend in open_all().expect("backends") {
+            if backend.supports(&call.problem).is_ok() {
+                let outcome = check(backend.as_ref(), &call, Layout::Given, polymla::SplitPolicy::default());
+                assert!(outcome.passed(), "{}: {}", backend.info().name, outcome.failure());
+            }
+        }
+    }
+}
+
 #[test]
 fn the_split_layout_and_mixtures() {
     let split_q: Tensors = vec![

@@ -67,11 +67,11 @@ pub struct Call {
 const GAP: usize = 8;
 
 /// Strides with a gap after each row, and the second dimension outside the third swapped where both exist: another
-/// order than the fused layout's.
+/// order than the fused layout's. Saturates: beside a size of 0 others may be of any size.
 fn padded(shape: &[usize]) -> Vec<usize> {
-    let row = shape[3].max(1).next_multiple_of(GAP) + GAP;
-    let second = row * shape[1].max(1);
-    vec![second * shape[2].max(1) + GAP, row, second, 1]
+    let row = (shape[3].max(1).div_ceil(GAP) + 1).saturating_mul(GAP);
+    let second = row.saturating_mul(shape[1].max(1));
+    vec![second.saturating_mul(shape[2].max(1)).saturating_add(GAP), row, second, 1]
 }
 
 /// NaN of the type, in its first bytes.
@@ -188,7 +188,7 @@ impl Call {
             if let Some(t) = self.tensor(name) {
                 let mut copy = HostTensor::from_bytes(name, t.dtype(), t.shape(), &t.to_dense_bytes())?;
                 if layout == Layout::Split && t.shape().len() == 2 {
-                    let strides = |shape: &[usize]| vec![shape[1] + GAP, 1];
+                    let strides = |shape: &[usize]| vec![shape[1].saturating_add(GAP), 1];
                     copy = copy.columns(name, 0..t.shape()[1], strides, &nan(DType::I32))?;
                 }
                 call.tensors.push((name, copy));
@@ -196,7 +196,8 @@ impl Call {
         }
         if layout == Layout::Split {
             let out = padded(&[p.b(), p.s_q(), p.h_q(), p.head_dim_v()]);
-            let lse = [(p.s_q() + 3) * p.h_q() + 5, p.s_q() + 3, 1];
+            let row = p.s_q().saturating_add(3);
+            let lse = [row.saturating_mul(p.h_q()).saturating_add(5), row, 1];
             call.output_strides = Some(([out[0], out[1], out[2], out[3]], lse));
         }
         Ok(call)
