@@ -41,7 +41,8 @@ impl OwnedStream {
         Ok(OwnedStream { api: api.clone(), stream: Stream(handle as usize) })
     }
 
-    /// The stream, to pass to calls while this value lives.
+    /// The stream, to pass to calls while this value lives: the compiler does not see to that, and a driver that is handed
+    /// a stream that is gone may do anything, as with [`Stream::from_raw`].
     pub fn stream(&self) -> Stream {
         self.stream
     }
