@@ -2,7 +2,7 @@
 
 use polymla::conformance::random::{Limits, random_call, random_options};
 use polymla::conformance::{Call, HostTensor, Layout, check_with};
-use polymla::{DType, HostBackend, Mask, ScheduleOptions, SplitPolicy};
+use polymla::{DType, HostBackend, Mask, Problem, ScheduleOptions, SplitPolicy};
 use proptest::prelude::*;
 
 mod common;
@@ -152,4 +152,81 @@ fn tensors_of_every_type_were_seen() {
         let small = Limits { max_work: 1000, ..Limits::any() };
         assert!((0..50).any(|seed| random_call(seed, &small).unwrap().problem.dtype() == dtype));
     }
+}
+
+/// Strides of 0, as a broadcast makes them: the same bits as of tensors in which everything stands as often as it is read.
+#[test]
+fn memory_may_stand_for_many_rows() {
+    let problem = |dtype, head_dim_k, head_dim_v| {
+        let builder =
+            Problem::builder(3).s_q(2).h_q(6).h_kv(2).head_dim_k(head_dim_k).head_dim_v(head_dim_v).dtype(dtype);
+        builder.num_pages(4).page_size(16).max_pages_per_seq(3).mask(Mask::VisibleLengths).build().unwrap()
+    };
+    let mut runs = 0;
+    for p in [
+        problem(DType::Bf16, 576, 512),
+        problem(DType::F16, 576, 512),
+        problem(DType::F16, 80, 64),
+        problem(DType::F32, 40, 24),
+    ] {
+        let shapes = [
+            ("q", p.dtype(), vec![3, 2, 6, p.head_dim_k()]),
+            ("k_cache", p.dtype(), vec![4, 16, 2, p.head_dim_k()]),
+            ("block_table", DType::I32, vec![3, 3]),
+            ("visible_lengths", DType::I32, vec![3, 2]),
+        ];
+        // Bit i of `broadcast`: whether dimension i of every tensor but the innermost stands still.
+        for broadcast in 1..8usize {
+            let mut calls: [Vec<(&'static str, HostTensor)>; 2] = Default::default();
+            for (name, dtype, shape) in &shapes {
+                let last = shape.len() - 1;
+                let mut strides = polymla::tensor::contiguous_strides(shape)[..=last].to_vec();
+                let still: Vec<usize> = (0..last).filter(|dim| broadcast >> dim & 1 == 1).collect();
+                still.iter().for_each(|dim| strides[*dim] = 0);
+                let dense = polymla::tensor::contiguous_strides(shape)[..=last].to_vec();
+                for (tensors, strides) in calls.iter_mut().zip([strides, dense]) {
+                    let mut tensor = HostTensor::filled(name, *dtype, shape, &strides, 0, &[0; 4]).unwrap();
+                    let mut indices = Vec::new();
+                    tensor.for_each_offset(|index, _| indices.push(index.to_vec()));
+                    for index in indices {
+                        let at = |dim: usize| if still.contains(&dim) { 0 } else { index[dim] };
+                        let seed =
+                            (0..=last).fold(0, |sum, dim| sum * 31 + if dim == last { index[dim] } else { at(dim) });
+                        let value = match *name {
+                            "block_table" => (seed % 4) as f64,
+                            "visible_lengths" => (5 + seed % 28) as f64,
+                            _ => (seed * 7 % 23) as f64 / 16.0 - 0.6,
+                        };
+                        tensor.set(&index, value);
+                    }
+                    tensors.push((name, tensor));
+                }
+            }
+            for tensors in &mut calls {
+                tensors.push(("cache_seqlens", HostTensor::from_i32("cache_seqlens", &[3], &[48, 33, 40]).unwrap()));
+            }
+            let call = |tensors| {
+                let name = format!("broadcast {broadcast}");
+                let (problem, tolerance) = (p.clone(), Default::default());
+                Call { name, problem, tensors, output_strides: None, expected: None, tolerance }
+            };
+            let [still, dense] = calls.map(call);
+            for backend in backends().iter().filter(|b| takes(b.as_ref(), &p)) {
+                let options = ScheduleOptions { num_sm_parts: Some(2), policy: SplitPolicy::BATCH_INVARIANT };
+                let [a, b] = [&still, &dense].map(|call| {
+                    let mut results = call.poisoned_outputs().unwrap();
+                    let mut outputs = results.outputs().unwrap();
+                    backend.decode(&p, &options, &call.inputs().unwrap(), &mut outputs).unwrap();
+                    results.check_written().unwrap();
+                    (results.out.to_dense_bytes(), results.lse.to_dense_bytes())
+                });
+                assert!(a == b, "{p}, broadcast {broadcast} on {}", backend.info().device_name);
+                runs += 1;
+            }
+        }
+    }
+    assert!(
+        runs >= 2 * 4 * 7,
+        "the CPU backend takes all of them, once as itself and once by an instruction set: {runs}"
+    );
 }
