@@ -264,7 +264,8 @@ pub enum MlaError {
         /// The values allowed.
         limit: String,
     },
-    /// The platform below a backend (driver, compiler, adapter) reported a failure.
+    /// The platform below a backend (driver, compiler, adapter) reported a failure. Where that was in the middle of a run,
+    /// its outputs may hold anything.
     #[error("{backend}: {call} failed: {message}")]
     Platform {
         /// The backend's name.

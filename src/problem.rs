@@ -324,6 +324,11 @@ impl Problem {
     pub fn softmax_scale(&self) -> f32 {
         self.softmax_scale
     }
+    /// `softmax_scale * log2(e)`: exp2 is what hardware has. Finite: an infinite one would turn scores of 0 into NaN.
+    #[allow(dead_code, reason = "for backends")]
+    pub(crate) fn scale_log2(&self) -> f32 {
+        (f64::from(self.softmax_scale) * std::f64::consts::LOG2_E).min(f64::from(f32::MAX)) as f32
+    }
     /// Query rows of the whole batch: b * s_q * h_q.
     pub fn rows(&self) -> usize {
         self.b * self.s_q * self.h_q

@@ -154,6 +154,41 @@ fn tensors_of_every_type_were_seen() {
     }
 }
 
+/// The largest scale of all: scores of 0 stay 0, and every key counts alike.
+#[test]
+fn the_largest_scale_is_no_infinity() {
+    for (dtype, head_dim_k, head_dim_v) in
+        [(DType::Bf16, 576, 512), (DType::F16, 576, 512), (DType::F16, 80, 64), (DType::F32, 40, 24)]
+    {
+        let builder = Problem::builder(1).h_q(3).head_dim_k(head_dim_k).head_dim_v(head_dim_v).dtype(dtype);
+        let problem = builder.num_pages(2).max_pages_per_seq(2).softmax_scale(f32::MAX).build().unwrap();
+        let tensor = |name, dtype, shape: &[usize]| {
+            let strides = polymla::tensor::contiguous_strides(shape);
+            HostTensor::filled(name, dtype, shape, &strides[..shape.len()], 0, &[0; 4]).unwrap()
+        };
+        let mut keys = tensor("k_cache", dtype, &[2, 64, 1, head_dim_k]);
+        (0..100).for_each(|t| keys.set(&[t / 64, t % 64, 0, 7], f64::from(t as u32 % 2)));
+        let tensors = vec![
+            ("q", tensor("q", dtype, &[1, 1, 3, head_dim_k])),
+            ("k_cache", keys),
+            ("block_table", HostTensor::from_i32("block_table", &[1, 2], &[0, 1]).unwrap()),
+            ("cache_seqlens", HostTensor::from_i32("cache_seqlens", &[1], &[100]).unwrap()),
+        ];
+        let (name, tolerance) = ("largest scale".to_string(), Default::default());
+        let call = Call { name, problem, tensors, output_strides: None, expected: None, tolerance };
+        for backend in backends().iter().filter(|b| takes(b.as_ref(), &call.problem)) {
+            let mut results = call.poisoned_outputs().unwrap();
+            let (inputs, mut outputs) = (call.inputs().unwrap(), results.outputs().unwrap());
+            backend.decode(&call.problem, &ScheduleOptions::default(), &inputs, &mut outputs).unwrap();
+            let (out, lse) = (results.out.to_f64(), results.lse.to_f64());
+            let device = &backend.info().device_name;
+            assert!(lse.iter().all(|x| (x - 100f64.ln()).abs() < 1e-4), "{device}, {dtype}: lse {lse:?}");
+            let right = |(i, x): (usize, &f64)| (x - if i % head_dim_v == 7 { 0.5 } else { 0.0 }).abs() < 0.01;
+            assert!(out.iter().enumerate().all(right), "{device}, {dtype}: {out:?}");
+        }
+    }
+}
+
 /// Strides of 0, as a broadcast makes them: the same bits as of tensors in which everything stands as often as it is read.
 #[test]
 fn memory_may_stand_for_many_rows() {

@@ -141,8 +141,7 @@ pub(super) unsafe fn run(
         (at(plan.partial_out_at).cast(), at(plan.partial_state_at).cast(), at(plan.scratch_at))
     };
     let partials = Partials { out, state };
-    // A product that overflows would turn scores of 0 into NaN.
-    let scale = (f64::from(call.problem.softmax_scale()) * std::f64::consts::LOG2_E).min(f64::from(f32::MAX)) as f32;
+    let scale = call.problem.scale_log2();
     let job = Job { call, plan, kernels, scale, items, partials, scratch, next: AtomicUsize::new(0) };
     spread(plan.workers, &|worker| {
         // SAFETY: the caller's promises; every worker number is used once.

@@ -115,7 +115,7 @@ pub(crate) fn params(problem: &Problem, inputs: &Inputs<'_>, outputs: &Outputs<'
         flags: flag(q_nope.2 && q_pe.2, FLAG_Q_VEC16)
             | flag(ckv.2 && kpe.2, FLAG_KV_VEC16)
             | flag(starts_at(&out, 8) && (out.strides()[3] == 1 || problem.head_dim_v() == 1), FLAG_OUT_VEC),
-        scale_log2: (problem.softmax_scale() * std::f32::consts::LOG2_E).max(MIN_SCALE_LOG2),
+        scale_log2: problem.scale_log2().max(MIN_SCALE_LOG2),
         ..DecodeParams::default()
     }
 }

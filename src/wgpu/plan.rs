@@ -113,7 +113,7 @@ impl WgpuSchedule {
                 crate::Mask::Causal => 1,
                 crate::Mask::VisibleLengths => 2,
             },
-            scale_log2: problem.softmax_scale() * std::f32::consts::LOG2_E,
+            scale_log2: problem.scale_log2(),
             num_parts: self.num_parts as u32,
             subtiles: 1,
             split_blocks: match self.policy {

@@ -265,7 +265,7 @@ pub(super) fn params(
         flags: if aligned { FLAG_OUT_VEC16 } else { 0 },
         heads_magic: heads_magic(problem.heads_per_kv()),
         q_box_rows: q_box_rows(problem).unwrap_or(TILE_M as u32) as i32,
-        scale_log2: (problem.softmax_scale() * std::f32::consts::LOG2_E).max(MIN_SCALE_LOG2),
+        scale_log2: problem.scale_log2().max(MIN_SCALE_LOG2),
         ..DecodeParams::default()
     })
 }
