@@ -120,6 +120,25 @@ fn a_required_backend_that_is_absent_fails() {
     assert!(text(&output.stderr).contains("abacus"), "{output:?}");
 }
 
+/// A slip in the name of the folder must not pass for the shaders that are built in.
+#[test]
+#[cfg(feature = "wgpu")]
+fn a_folder_of_shaders_that_is_not_there_is_an_error() {
+    let decode = |folder: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polymla"));
+        command.args(["decode", SMALL, scratch("shaders.safetensors").to_str().unwrap(), "--backend", "wgpu"]);
+        command.current_dir(env!("CARGO_MANIFEST_DIR")).env("POLYMLA_SHADER_DIR", folder).output().expect("it starts")
+    };
+    let usual = decode("");
+    if !usual.status.success() {
+        assert!(text(&usual.stderr).contains("backend wgpu is absent"), "{usual:?}");
+        eprintln!("SKIP: {}", text(&usual.stderr));
+        return;
+    }
+    let wrong = decode("no/such/folder");
+    assert!(!wrong.status.success() && text(&wrong.stderr).contains("POLYMLA_SHADER_DIR"), "{wrong:?}");
+}
+
 /// Bytes that are no UTF-8 name no backend, and must not pass for nothing required.
 #[test]
 #[cfg(unix)]

@@ -251,6 +251,11 @@ impl Template {
     fn include(&self, file: &str, lines: &mut Vec<String>) {
         let built_in = FILES.iter().find(|(name, _)| *name == file).map(|(_, body)| (*body).to_string());
         let folder = std::env::var_os(FOLDER_VARIABLE).filter(|folder| !folder.is_empty());
+        if let Some(absent) = folder.as_ref().filter(|folder| !std::path::Path::new(folder).is_dir()) {
+            // Refused by the compiler: whoever names a folder means it.
+            lines.push(format!("{FOLDER_VARIABLE} names {}, which is no folder", absent.display()));
+            return;
+        }
         let on_disk = folder.and_then(|folder| std::fs::read_to_string(std::path::Path::new(&folder).join(file)).ok());
         let Some(body) = on_disk.or(built_in) else {
             // Refused by the compiler.
