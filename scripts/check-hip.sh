@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # HIP without a device: the kernels through clang and hiprtc (T1), our host code against ROCm's library (T2) and over
-# the fiber harness (T4), and the feature `hip-sys`, which links it. Installs Debian's packages where they are missing.
+# the fiber harness (T3), and the feature `hip-sys`, which links it. Installs Debian's packages where they are missing.
 . "$(dirname "$0")/common.sh"
 
 use_hip

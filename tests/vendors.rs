@@ -80,7 +80,7 @@ fn compiles(name: &str, source: &str, defines: &[&String], more: Option<&str>) {
 #[test]
 fn unknown_architectures_and_vendors_are_refused() {
     for (vendor, _, _) in known() {
-        for arch in ["", "gfx942", "sm_90", "mp_99", "xcore1000; rm", "ivcore 11"] {
+        for arch in ["", "gfx942", "sm_90", "mp_99", "xcore1000; rm", "xcore", "ivcore 11", "ivcore"] {
             let error = driver::kernel_source(vendor, arch).expect_err(arch).to_string();
             assert!(error.contains("does not support arch"), "{vendor} {arch}: {error}");
         }

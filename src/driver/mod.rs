@@ -166,7 +166,9 @@ struct Compile {
 
 /// The tile class of an architecture, in KiB, and how it is compiled for.
 fn shape_of(name: &str, arch: &str) -> Result<(u32, Compile)> {
-    let clean = !arch.is_empty() && arch.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    let numbered = |prefix| {
+        arch.strip_prefix(prefix).is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_digit()))
+    };
     let (kib, limit, compile) = match name {
         "hip" => (
             units::hip_class(arch),
@@ -180,12 +182,12 @@ fn shape_of(name: &str, arch: &str) -> Result<(u32, Compile)> {
             Compile { language: "mu", compiler: ("mcc", "MCC"), options: &["-x", "musa", "--cuda-device-only"] },
         ),
         "maca" => (
-            (clean && arch.starts_with("xcore")).then_some(64),
+            numbered("xcore").then_some(64),
             "xcore with digits, such as xcore1000",
             Compile { language: "maca", compiler: ("mxcc", "MXCC"), options: &["-x", "maca", "-device-obj"] },
         ),
         _ => (
-            (clean && arch.starts_with("ivcore")).then_some(64),
+            numbered("ivcore").then_some(64),
             "ivcore with digits, such as ivcore11",
             Compile {
                 language: "cu",
