@@ -214,9 +214,10 @@ pub fn merge_partials(
     if outs.len() != elements {
         return Err(MlaError::Shape { param: "outs", dim: 0, value: outs.len(), limit: elements });
     }
-    let mut out = filled("merged out elements", &[rows, d_v], 0.0f32)?;
-    let mut lse = filled("merged lse elements", &[rows], f32::INFINITY)?;
-    let mut sum_row = filled("d_v", &[d_v], 0.0f64)?;
+    // Without parts, nothing that was given bounds the rows.
+    let mut out = filled("out", &[rows, d_v], 0.0f32).map_err(|_| overflow())?;
+    let mut lse = filled("lse", &[rows], f32::INFINITY).map_err(|_| overflow())?;
+    let mut sum_row = filled("d_v", &[d_v], 0.0f64).map_err(|_| overflow())?;
     for r in 0..rows {
         let seen = || (0..parts).map(|i| (i, f64::from(lses[i * rows + r]))).filter(|(_, l)| !l.is_infinite());
         if seen().next().is_none() {
