@@ -328,9 +328,8 @@ struct RoleDecoder : RoleShared<C> {
 
     static PM_DEV void run(const DecodeParams& p, char* smem) {
         const BlockPlace at(p, C::M);
-        const typename Shared::Start start = Shared::begin(p, at.part, smem);
+        const typename Shared::Start start = Shared::begin(p, at.part, at.kv_head, at.row0, smem);
         if (pm_thread() < Shared::PV_THREADS) {
-            if (pm_thread() < Shared::COPY_THREADS) Shared::first_q(p, at.kv_head, at.row0, smem);
             pm_registers_pv();              // O takes more than scores do
             pv_role(p, at.kv_head, at.row0, smem);
         } else if (pm_thread() < Shared::COPY_FIRST) {

@@ -136,88 +136,111 @@ struct RoleShared {
         return params.block_table[i64(req) * params.block_table_stride_b + page_index(params, int(tok))];
     }
 
-    // What a copying thread finds out by itself, because everybody waits for its first copy: the first segment, and the table entry
-    // of this thread's token.
+    // A token's row of KV, of a thread that has one.
+    struct KeyRow {
+        const u16 *nope, *pe;
+        bool there, invalid;    // invalid: the table's entry is
+    };
+    static PM_DEV KeyRow find_row(const DecodeParams& params, const Work& w, int tile, int entry, int kv_head) {
+        const u32 tok = Token().of(w, tile);
+        const bool inside = tok < u32(w.last), valid = inside && u32(entry) < u32(params.num_pages);
+        const int place = valid ? int(tok) - page_index(params, int(tok)) * params.page_size : 0;
+        const RowParts<C::DV> row = kv_row<C>(params, valid ? entry : 0, place, valid ? kv_head : 0);
+        return {row.nope, row.pe, valid, inside && !valid};
+    }
+    static PM_DEV void copy_key(const KeyRow& row, int stage, char* smem) {
+        const Token token;
+        char* to = smem + kv + stage * STAGE_BYTES + token.place * ROW_BYTES;
+        char* full = barrier(smem, FULL + stage * 2 + token.half);
+        if (row.there) {
+            pm_mbar_arrive_expect(full, C::DK * 2);
+            // Each copy is some 60 cycles of this warp's, so that a row in one piece is one.
+            const bool whole = is_whole(row);
+            pm_bulk_copy(to, row.nope, whole ? C::DK * 2 : C::DV * 2, full);
+            if (!whole) pm_bulk_copy(to + C::DV * 2, row.pe, (C::DK - C::DV) * 2, full);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < C::U; ++i) *reinterpret_cast<Words4*>(to + i * 16) = Words4{{0, 0, 0, 0}};
+            pm_fence_bulk();    // this thread's next copy goes to the same place
+            pm_mbar_arrive(full);
+        }
+    }
+    static PM_DEV bool is_whole(const KeyRow& row) { return C::DK == C::DV || row.pe == row.nope + C::DV; }
+    static PM_DEV void tell(const DecodeParams& params, int req, int* bad) {
+        *bad = 1;
+        report(params.status, req);
+    }
+
+    // The first segment, as a copying thread knows it.
     struct Start {
-        int more, req, entry;
+        int more, req;
         Work work;
     };
 
-    // Before anything else. The first segment is known to all afterwards.
-    static PM_DEV Start begin(const DecodeParams& params, int part, char* smem) {
+    // Before anything else. Everybody waits for the first keys and Q, so whoever brings them finds the first segment by itself, has
+    // addresses ready before the barriers are, and instructions that lie together: each jump to others costs as much as ten.
+    static PM_DEV Start begin(const DecodeParams& params, int part, int kv_head, int row0, char* smem) {
+        const bool copies = pm_thread() >= COPY_FIRST, brings_q = pm_thread() < COPY_THREADS;   // P V's warps are idle yet
         Segment first = {};
         bool more = false;
-        if (pm_thread() >= COPY_FIRST) {
+        if (copies || brings_q) {
             SegmentWalk here;
             here.begin(params, part);
-            prefetch_table(params, part, pm_thread() - COPY_FIRST);
+            if (copies) prefetch_table(params, part, pm_thread() - COPY_FIRST);
             more = here.next(params, first);
-            if (pm_thread() == COPY_FIRST) {
+            if (pm_thread() == 0) {
                 fill(params, slot_of(smem, 0), more, first);
                 walk(smem) = here;
             }
         }
         const Work work(first);
-        const Start start = {more, first.req, more ? look_up(params, first.req, work, 0) : 0, work};
-        // By one lane of a warp: the instruction takes one address, and for the lanes' many there would be a loop over them.
-        if (pm_thread() >= QK_FIRST && pm_thread() < COPY_FIRST && pm_thread() % 32 == 0) {
-#pragma unroll 1
-            for (int i = (pm_thread() - QK_FIRST) / 32; i < BARRIERS; i += QK_THREADS / 32) pm_mbar_init(barrier(smem, i), arrivals(i));
+        KeyRow row = {};
+        if (copies && more) {
+            row = find_row(params, work, 0, look_up(params, first.req, work, 0), kv_head);
+        } else if (brings_q && work.tiles > 0) {
+            load_q<C, COPY_THREADS>(params, first.req, kv_head, row0, 0, smem, true);
+        } else if (pm_thread() >= QK_FIRST && pm_thread() % 32 == 0) {
+            // By one lane of a warp, each of which is a constant: for addresses of many lanes there would be a loop over them.
+#pragma unroll
+            for (int i = 0; i < BARRIERS; ++i)
+                if (i % (QK_THREADS / 32) == (pm_thread() - QK_FIRST) / 32) pm_mbar_init(barrier(smem, i), arrivals(i));
             pm_mbar_init_done();
         }
         pm_sync();
+        if (work.tiles > 0) {
+            if (copies && Token().mine) {
+                copy_key(row, 0, smem);
+                if (row.invalid) tell(params, first.req, &slot_of(smem, 0).bad);
+            } else if (brings_q) {
+                pm_copy_arrive(barrier(smem, Q_FULL));
+            }
+        }
         if (pm_thread() == COPY_FIRST) pm_mbar_arrive(barrier(smem, SEGMENT));
-        return start;
-    }
-
-    // Q of the first segment, by COPY_THREADS that have nothing else to do yet.
-    static PM_DEV void first_q(const DecodeParams& params, int kv_head, int row0, char* smem) {
-        const Slot& slot = slot_of(smem, 0);
-        if (!slot.more || Work(slot.segment).tiles == 0) return;
-        load_q<C, COPY_THREADS>(params, slot.segment.req, kv_head, row0, 0, smem, true);
-        pm_copy_arrive(barrier(smem, Q_FULL));
+        return {more, first.req, work};
     }
 
     // ---- copies ------------------------------------------------------------------------------------
-    // `entry`: this thread's of the first tile.
-    static PM_DEV void copy_tiles(const DecodeParams& params, int req, const Work& w, int entry, u32 done, int kv_head, int* bad,
+    // From tile `tile` on.
+    static PM_DEV void copy_tiles(const DecodeParams& params, int req, const Work& w, int tile, u32 done, int kv_head, int* bad,
                                   char* smem) {
         const Token token;
+        int entry = look_up(params, req, w, tile);
 #pragma unroll 1
-        for (int tile = 0; tile < w.tiles; ++tile) {
-            const u32 count = done + u32(tile), tok = token.of(w, tile);
+        for (; tile < w.tiles; ++tile) {
+            const u32 count = done + u32(tile);
             const int stage = int(count & 1);
-            bool valid = tok < u32(w.last);
-            if (valid && u32(entry) >= u32(params.num_pages)) {
-                *bad = 1;
-                report(params.status, req);
-                valid = false;
-            }
-            const int place = valid ? int(tok) - page_index(params, int(tok)) * params.page_size : 0;
-            const RowParts<C::DV> row = kv_row<C>(params, valid ? entry : 0, place, valid ? kv_head : 0);
-            // Each copy is some 60 cycles of this warp's, so that a row in one piece is one.
-            const bool whole = C::DK == C::DV || row.pe == row.nope + C::DV;
-            const int first_bytes = whole ? C::DK * 2 : C::DV * 2;
+            const KeyRow row = find_row(params, w, tile, entry, kv_head);
+            if (row.invalid) tell(params, req, bad);
             // All that can be done before the room is free is: it is the way from there that P V waits for.
-            if (count > 1 && valid && token.mine) {
-                pm_bulk_prefetch(row.nope, first_bytes);
-                if (!whole) pm_bulk_prefetch(row.pe, (C::DK - C::DV) * 2);
+            if (count > 1 && row.there && token.mine) {
+                pm_bulk_prefetch(row.nope, is_whole(row) ? C::DK * 2 : C::DV * 2);
+                if (!is_whole(row)) pm_bulk_prefetch(row.pe, (C::DK - C::DV) * 2);
             }
-            char* to = smem + kv + stage * STAGE_BYTES + token.place * ROW_BYTES;
 #pragma unroll 1
             for (int half = 0; half < 2; ++half) {
                 if (count > 1) wait(smem, EMPTY + stage * 2 + half, (count >> 1) - 1);
-                if (token.half != half || !token.mine) continue;
-                char* full = barrier(smem, FULL + stage * 2 + half);
-                if (valid) {
-                    pm_mbar_arrive_expect(full, C::DK * 2);
-                    pm_bulk_copy(to, row.nope, first_bytes, full);
-                    if (!whole) pm_bulk_copy(to + C::DV * 2, row.pe, (C::DK - C::DV) * 2, full);
-                } else {
-                    for (int i = 0; i < C::U; ++i) *reinterpret_cast<Words4*>(to + i * 16) = Words4{{0, 0, 0, 0}};
-                    pm_fence_bulk();    // this thread's next copy goes to the same place
-                    pm_mbar_arrive(full);
-                }
+                if (count == 1) wait(smem, FULL + half, 0);     // or the first keys would share the way with these
+                if (token.half == half && token.mine) copy_key(row, stage, smem);
             }
             entry = look_up(params, req, w, tile + 1);      // behind the copy: the way to a segment's first one is everybody's
         }
@@ -239,12 +262,12 @@ struct RoleShared {
                 pm_grid_release();      // not before: blocks that wait for this one take a multiprocessor
                 return;
             }
-            int req = start.req, entry = start.entry;
+            int req = start.req, tile = 1;      // its first tile is under way
             Work w = start.work;
             if (turn > 0) {
                 req = slot.segment.req;
                 w = Work(slot.segment);
-                entry = look_up(params, req, w, 0);
+                tile = 0;
             }
             if (w.tiles > 0) {
                 if (turn > 0) {             // the first segment's is others'
@@ -253,7 +276,7 @@ struct RoleShared {
                     pm_copy_arrive(barrier(smem, Q_FULL));
                 }
                 ++loads;
-                copy_tiles(params, req, w, entry, done, kv_head, &slot.bad, smem);
+                copy_tiles(params, req, w, tile, done, kv_head, &slot.bad, smem);
                 done += u32(w.tiles);
             }
             arrive(smem, LOADED + int(turn & 1));
