@@ -83,15 +83,21 @@ PM_DEV void pm_ldmatrix_x4_trans(u32 (&r)[4], const char* at) {
 }
 
 // ---- for the kernel with roles ----
-// 512 threads have 128 registers each; 256 of them take what the others, in two roles, give.
+// What a thread has from here on, by whole groups of four warps; others wait for what these give.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL)
-PM_DEV void pm_registers_pv() { asm volatile("setmaxnreg.inc.sync.aligned.u32 168;"); }
-PM_DEV void pm_registers_qk() { asm volatile("setmaxnreg.dec.sync.aligned.u32 112;"); }
-PM_DEV void pm_registers_copy() { asm volatile("setmaxnreg.dec.sync.aligned.u32 64;"); }
+template <int N>
+PM_DEV void pm_take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+PM_DEV void pm_leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
 #else
-PM_DEV void pm_registers_pv() {}
-PM_DEV void pm_registers_qk() {}
-PM_DEV void pm_registers_copy() {}
+template <int N>
+PM_DEV void pm_take_registers() {}
+template <int N>
+PM_DEV void pm_leave_registers() {}
 #endif
 // A value that is worked out here, ahead of what waits, and not where it is used.
 PM_DEV i64 pm_settled(i64 x) {

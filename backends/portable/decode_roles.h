@@ -48,6 +48,10 @@ struct RoleDecoder : RoleShared<C> {
     // Rows of scores of a warp, and of a thread.
     static constexpr int WM = 32, MT = WM / 16, R = 2 * MT;
     static constexpr int STEPS = C::DK / 16;
+    // A thread has REGISTERS at first; O takes more than scores do. Copies are a few more where head_dim_k is head_dim_v, for the
+    // compiler's reasons.
+    static constexpr int REGISTERS = 128, PV_REGISTERS = 168, QK_REGISTERS = C::DK == C::DV ? 112 : 128;
+    static constexpr int COPY_REGISTERS = 4 * REGISTERS - 2 * PV_REGISTERS - QK_REGISTERS;
     static constexpr float LARGE_SCORE = 1 << 20;   // base 2; the last place of a maximum below it is at most 1/16
     static_assert(Shared::PAIRS * WM == C::M, "every row has a warp in each group");
 
@@ -330,13 +334,13 @@ struct RoleDecoder : RoleShared<C> {
         const BlockPlace at(p, C::M);
         const typename Shared::Start start = Shared::begin(p, at.part, at.kv_head, at.row0, smem);
         if (pm_thread() < Shared::PV_THREADS) {
-            pm_registers_pv();              // O takes more than scores do
+            pm_take_registers<PV_REGISTERS>();
             pv_role(p, at.kv_head, at.row0, smem);
         } else if (pm_thread() < Shared::COPY_FIRST) {
-            pm_registers_qk();
+            if (QK_REGISTERS < REGISTERS) pm_leave_registers<QK_REGISTERS>();
             qk_role(p, at.kv_head, at.row0, smem);
         } else {
-            pm_registers_copy();
+            pm_leave_registers<COPY_REGISTERS>();
             Shared::copy_role(p, start, at.kv_head, at.row0, smem);
         }
     }

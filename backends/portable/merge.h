@@ -5,8 +5,9 @@
 //           one of these rows, a split a lane; then all add up what they have loaded meanwhile; way 0 adds the ways up.
 // Pipeline  8 splits' loads a warp are under way while the weights are worked out. Nothing is worked out between the end of the
 //           decode kernel and the first load that could be before; from there on instructions are what the time goes into, so
-//           there are forms of it for 32, 64 and more splits to weigh (merge_many).
-//           A request of up to 8 splits takes no such turns: merge_few, where warps share nothing.
+//           there are forms of it for 32 and more splits to weigh (merge_many). Not for 64, nor merge_few's for 2: it takes longer
+//           to fetch the instructions of a larger kernel than they save.
+//           A request of up to 16 splits takes no such turns: merge_few and merge_half, where warps share nothing.
 // Grid      b * ceil(turns of a request / combine_units) blocks of 512 threads, one a multiprocessor; a turn is such a set of
 //           units. A batch-invariant run fixes the ways.
 #pragma once
@@ -18,6 +19,7 @@ namespace polymla {
 constexpr int MERGE_THREADS = 512;
 constexpr int MERGE_WARPS = MERGE_THREADS / 32;
 constexpr int MERGE_AT_ONCE = 8;        // splits that a warp loads together
+constexpr int MERGE_HALF = 16;          // splits of which a lane adds up half of its share
 constexpr int MERGE_WEIGHTS = 160;      // splits that are weighed together at most; with 132 multiprocessors no request has more
 static_assert(MERGE_WARPS >= PIECE_ROWS, "a warp weighs the splits of a row");
 
@@ -30,21 +32,20 @@ struct MergeSmem {
 PM_DEV i64 merged_row(const DecodeParams& p, int req, int kv_head, int group) {
     return pm_settled(out_offset(p, req, Row(p, kv_head, group * PIECE_ROWS + pm_thread() % 32 / 4)));
 }
-// A warp's share of the merged piece, as PieceShare has it.
-template <class Elem>
-PM_DEV void store_merged(const DecodeParams& p, i64 at, int chunk, const float (&acc)[8]) {
+// A lane's share of the merged piece, as PieceShare has it, or half of it, from column `col` of its row on.
+template <class Elem, int VALUES>
+PM_DEV void store_merged(const DecodeParams& p, i64 at, int col, const float (&acc)[VALUES]) {
     u16* to = static_cast<u16*>(p.out) + at;
-    const int col = chunk * PIECE_COLUMNS + pm_thread() % 4 * 2;
-    u32 word[4];
+    u32 word[VALUES / 2];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) word[q] = Elem::pack(acc[2 * q], acc[2 * q + 1]);
+    for (int q = 0; q < VALUES / 2; ++q) word[q] = Elem::pack(acc[2 * q], acc[2 * q + 1]);
     if (p.flags & FLAG_OUT_VEC) {
 #pragma unroll
-        for (int q = 0; q < 4; ++q) *reinterpret_cast<u32*>(to + col + q * 8) = word[q];
+        for (int q = 0; q < VALUES / 2; ++q) *reinterpret_cast<u32*>(to + col + q * 8) = word[q];
         return;
     }
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
+    for (int q = 0; q < VALUES / 2; ++q) {
         to[i64(col + q * 8) * p.out_stride_d] = u16(word[q]);
         to[i64(col + q * 8 + 1) * p.out_stride_d] = u16(word[q] >> 16);
     }
@@ -111,8 +112,58 @@ PM_DEV void merge_few(const DecodeParams& p, int req, int first, int n, int begi
             for (int i = 0; i < N; ++i)
 #pragma unroll
                 for (int e = 0; e < 8; ++e) acc[e] += x[k][i] * inverse * share[k][i].value(e);
-            if (is_row[k]) store_merged<Elem>(p, to[k], piece % PIECES_A_ROW, acc);
+            if (is_row[k]) store_merged<Elem>(p, to[k], piece % PIECES_A_ROW * PIECE_COLUMNS + lane % 4 * 2, acc);
         }
+    }
+}
+
+// The same where there are more: a warp has four rows of a piece, two lanes a share, so that a lane has registers for all of its
+// splits.
+template <class Elem>
+PM_DEV void merge_half(const DecodeParams& p, int req, int first, int n, int begin, int end) {
+    const int rows = p.s_q * p.heads_per_kv, groups = piece_groups(p);
+    const int warp = pm_thread() / 32, lane = pm_thread() % 32, half = lane % 2;
+    const i64 slot_bytes = piece_group_at(p, 1, 0, 0), lse_stride = i64(p.h_kv) * rows;
+    bool waited = false;
+#pragma unroll 1
+    for (int unit = 2 * begin + warp; !waited || unit < 2 * end; unit += MERGE_WARPS) {
+        const int piece = unit / 2, owner = unit % 2 * 16 + lane / 2, index = piece / PIECES_A_ROW;
+        const int kv_head = p.h_kv == 1 ? 0 : index / groups, group = index - kv_head * groups, row = group * PIECE_ROWS + owner / 4;
+        PieceAt from(p, first, kv_head, group, piece % PIECES_A_ROW, owner);
+        from.to_half(half);
+        const float* lse = p.partial_lse + pm_settled(partial_row(p, first, kv_head, row));
+        const i64 to = pm_settled(out_offset(p, req, Row(p, kv_head, row)));
+        const bool is_row = row < rows;
+        if (!waited) pm_grid_wait();
+        waited = true;
+        if (unit >= 2 * end) return;
+        PieceHalf share[MERGE_HALF];
+        float x[MERGE_HALF];
+#pragma unroll
+        for (int i = 0; i < MERGE_HALF; ++i) {
+            x[i] = i < n && is_row ? *lse : -pm_inf();
+            if (i < n)
+                share[i].load(from);
+            else
+                share[i].clear();
+            lse += lse_stride;
+            from.next(slot_bytes);
+        }
+        float top = x[0], sum = 0.0f;
+#pragma unroll
+        for (int i = 1; i < MERGE_HALF; ++i) top = pm_max(top, x[i]);
+        const float from_top = top == -pm_inf() ? 0.0f : top;
+#pragma unroll
+        for (int i = 0; i < MERGE_HALF; ++i) sum += x[i] = pm_exp2(x[i] - from_top);
+        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        if (piece % PIECES_A_ROW == 0 && lane % 8 == 0 && is_row)
+            store_lse(p, req, Row(p, kv_head, row), sum == 0.0f ? -pm_inf() : from_top + pm_log2(sum));
+        float acc[4] = {};
+#pragma unroll
+        for (int i = 0; i < MERGE_HALF; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) acc[e] += x[i] * inverse * share[i].value(e);
+        if (is_row) store_merged<Elem>(p, to, piece % PIECES_A_ROW * PIECE_COLUMNS + owner % 4 * 2 + half * 16, acc);
     }
 }
 
@@ -232,7 +283,7 @@ PM_DEV void merge_many(const DecodeParams& p, MergeSmem& smem, int req, int firs
                     }
                 }
         }
-        if (way == 0 && group * PIECE_ROWS + lane / 4 < rows) store_merged<Elem>(p, to, chunk, acc);
+        if (way == 0 && group * PIECE_ROWS + lane / 4 < rows) store_merged<Elem>(p, to, chunk * PIECE_COLUMNS + lane % 4 * 2, acc);
         if (ways > 1 && turn + 1 < turn_end) pm_sync();     // the sums are read
     }
 }
@@ -253,15 +304,13 @@ PM_DEV void merge(const DecodeParams& p, char* smem_base) {
         pm_grid_wait();                 // the next kernel must not overtake the one before this
     } else if (n <= MERGE_AT_ONCE && !lost) {
         const int begin = int(turn) * together, end = int(turn_end) * together;
-        if (n <= 2)
-            merge_few<Elem, 2>(p, req, first, n, begin, end);
-        else if (n <= 4)
+        if (n <= 4)
             merge_few<Elem, 4>(p, req, first, n, begin, end);
         else
             merge_few<Elem, 8>(p, req, first, n, begin, end);
-    } else if (n > 32 && n <= 64) {
-        merge_many<Elem, 2>(p, smem, req, first, n, false, turn, turn_end);
-    } else if (n > 64 && n <= MERGE_WEIGHTS) {
+    } else if (n <= MERGE_HALF && !lost) {
+        merge_half<Elem>(p, req, first, n, int(turn) * together, int(turn_end) * together);
+    } else if (n > 32 && n <= MERGE_WEIGHTS) {
         merge_many<Elem, MERGE_WEIGHTS / 32>(p, smem, req, first, n, false, turn, turn_end);
     } else {
         merge_many<Elem, 1>(p, smem, req, lost ? 0 : first, n, lost, turn, turn_end);

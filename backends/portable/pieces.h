@@ -57,6 +57,12 @@ PM_DEV void store_pieces(const DecodeParams& p, int slot, int kv_head, int row0,
     }
 }
 
+// Value i of a share, of the words that have its bits.
+PM_DEV float piece_value(u32 high, u32 low, int i) {
+    const u32 last = u32(4 + i % 4) * 0x11u;
+    return pm_from_bits(pm_bytes(high, low, (i % 2 ? 0x3200u : 0x1000u) | last));
+}
+
 // Where a lane's share of a piece is.
 struct PieceAt {
     const char *high, *low;
@@ -66,10 +72,26 @@ struct PieceAt {
         high = reinterpret_cast<const char*>(p.partial_out) + pm_settled(piece + lane * 16);
         low = reinterpret_cast<const char*>(p.partial_out) + pm_settled(piece + PIECE_LOW + lane * 8);
     }
+    PM_DEV void to_half(int half) {
+        high += half * 8;
+        low += half * 4;
+    }
     PM_DEV void next(i64 bytes) {
         high += bytes;
         low += bytes;
     }
+};
+
+// Half of a lane's share of a piece: the one that PieceAt::to_half names.
+struct PieceHalf {
+    Words2 high;
+    u32 low;
+    PM_DEV void load(const PieceAt& at) {
+        high = *reinterpret_cast<const Words2*>(at.high);
+        low = *reinterpret_cast<const u32*>(at.low);
+    }
+    PM_DEV void clear() { high.w[0] = high.w[1] = low = 0; }
+    PM_DEV float value(int i) const { return piece_value(high.w[i / 2], low, i); }
 };
 
 // A lane's share of a piece.
@@ -82,10 +104,7 @@ struct PieceShare {
     }
     PM_DEV void clear() { high.w[0] = high.w[1] = high.w[2] = high.w[3] = low.w[0] = low.w[1] = 0; }
     // Value i is of column i / 2 * 8 + l % 4 * 2 + i % 2 of the piece.
-    PM_DEV float value(int i) const {
-        const u32 last = u32(4 + i % 4) * 0x11u;
-        return pm_from_bits(pm_bytes(high.w[i / 2], low.w[i / 4], (i % 2 ? 0x3200u : 0x1000u) | last));
-    }
+    PM_DEV float value(int i) const { return piece_value(high.w[i / 2], low.w[i / 4], i); }
 };
 
 }  // namespace polymla

@@ -20,9 +20,10 @@ PM_DEV u32 pm_bytes(u32 x, u32 y, u32 selector) {
     for (int i = 0; i < 4; ++i) r |= u32(both >> ((selector >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
     return r;
 }
-PM_DEV void pm_registers_pv() {}
-PM_DEV void pm_registers_qk() {}
-PM_DEV void pm_registers_copy() {}
+template <int N>
+PM_DEV void pm_take_registers() {}
+template <int N>
+PM_DEV void pm_leave_registers() {}
 PM_DEV int pm_thread_again() { return simt::thread(); }
 PM_DEV i64 pm_settled(i64 x) { return x; }
 template <class T>

@@ -80,6 +80,10 @@ fn the_merge_kernel_takes_any_number_of_splits() {
             (3, 1, 2),
             (8, 2, 5),
             (9, 4, 1),
+            (12, 1, 3),
+            (13, 16, 2),
+            (16, 8, 1),
+            (17, 4, 2),
             (7, 8, 3),
             (32, 2, 5),
             (33, 8, 1),
@@ -120,7 +124,7 @@ fn the_merge_kernel_takes_any_number_of_splits() {
 #[test]
 fn the_merge_kernel_makes_nan_of_lost_splits() {
     let kernels = Kernels::open(&by_name("mma-32-227"));
-    for (n, ways, units) in [(2, 1, 1), (8, 2, 5), (20, 4, 1), (50, 16, 3), (100, 8, 2), (200, 2, 1)] {
+    for (n, ways, units) in [(2, 1, 1), (8, 2, 5), (12, 8, 1), (20, 4, 1), (50, 16, 3), (100, 8, 2), (200, 2, 1)] {
         let (out, lse_out) = merge(&kernels, n, n - 1, ways, units);
         assert!(lse_out.iter().all(|x| x.is_nan()), "{n} splits: {lse_out:?}");
         assert!(out.iter().all(|x| half::f16::from_bits(*x).is_nan()), "{n} splits, {ways} ways: out");
