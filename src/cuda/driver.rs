@@ -1,8 +1,9 @@
 //! The functions of libcuda that this crate calls, in one table filled at run time.
 //!
-//! cudarc finds the library and gives the types. The functions are looked up here because its bindings return an enum
-//! that holds the codes of one CUDA version, and a newer driver's code in such an enum is undefined behaviour; here a
-//! code is an integer until it is known to be 0. A symbol that the driver lacks is an error, not a panic.
+//! cudarc gives the types. The functions are looked up here because its bindings return an enum that holds the codes of
+//! one CUDA version, and a newer driver's code in such an enum is undefined behaviour; here a code is an integer until it
+//! is known to be 0. A symbol that the driver lacks is an error, not a panic. The library is found here, too: cudarc's own
+//! loader panics where there is none, and is not there at all where another crate of the program has cudarc link.
 
 #![allow(non_snake_case, reason = "the driver's own names")]
 
@@ -10,7 +11,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::sync::OnceLock;
 
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdevice_attribute, CUevent, CUfunction, CUfunction_attribute, CUgraph, CUgraphExec,
+    CUcontext, CUdevice, CUdevice_attribute, CUevent, CUfunction, CUfunction_attribute, CUgraph, CUgraphExec,
     CUlaunchConfig, CUmodule, CUstream, CUstreamCaptureMode,
 };
 #[cfg(feature = "sm90")]
@@ -19,10 +20,15 @@ use cudarc::driver::sys::{
     CUtensorMapSwizzle,
 };
 
+use libloading::Library;
+
 use crate::error::{MlaError, Result};
 
 /// The platform's name in errors and in [`crate::Device::Accelerator`].
 pub(crate) const PLATFORM: &str = "cuda";
+
+/// What the driver's library is called, on the loader's path.
+const NAMES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
 
 /// A code of the driver API; 0 is success.
 pub(crate) type Code = c_uint;
@@ -36,6 +42,8 @@ macro_rules! table {
         pub(crate) struct Driver {
             pointers: Pointers,
             version: c_int,
+            /// Keeps the functions in place.
+            _library: Library,
         }
 
         struct Pointers {
@@ -47,7 +55,7 @@ macro_rules! table {
         impl Pointers {
             /// # Safety
             /// `library` must be libcuda, whose functions have these signatures.
-            unsafe fn load(library: &'static libloading::Library) -> std::result::Result<Self, String> {
+            unsafe fn load(library: &Library) -> std::result::Result<Self, String> {
                 macro_rules! symbol {
                     ($symbol:ident) => {{
                         let name = concat!(stringify!($symbol), "\0");
@@ -157,14 +165,12 @@ impl Driver {
     }
 
     fn load() -> std::result::Result<Driver, String> {
-        // cudarc panics when it cannot find the library, so ask first.
         // SAFETY: libcuda's initialisers may run in any process.
-        if !unsafe { sys::is_culib_present() } {
-            return Err("libcuda was not found: this machine has no CUDA driver".into());
-        }
-        // SAFETY: as above, and what cudarc loads under that name is libcuda.
-        let pointers = unsafe { Pointers::load(sys::culib()) }?;
-        let mut driver = Driver { pointers, version: 0 };
+        let found = NAMES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
+        let library = found.ok_or("libcuda was not found: this machine has no CUDA driver")?;
+        // SAFETY: what has that name is libcuda.
+        let pointers = unsafe { Pointers::load(&library) }?;
+        let mut driver = Driver { pointers, version: 0, _library: library };
         // SAFETY: cuInit may be called at any time, any number of times; the other takes a pointer to an int.
         unsafe {
             driver.cuInit(0).map_err(|e| e.to_string())?;
