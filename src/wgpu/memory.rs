@@ -52,8 +52,8 @@ const CALLBACK: Duration = Duration::from_secs(30);
 /// Bytes copied between host and device at a time.
 const PIECE: usize = 64 << 20;
 
-/// Bytes copied at a time when a buffer is filled with copies of a tile: one of 4 bytes would take a command for each word.
-const LEAST_TILE: usize = 1 << 20;
+/// Bytes of a copy that is worth a command, or a submission, of its own.
+const LARGE: usize = 1 << 20;
 
 impl Context {
     /// A buffer of at least `bytes` bytes, in whole words.
@@ -86,8 +86,8 @@ impl Context {
                     self.queue.write_buffer(buffer, offset + whole as u64, &last);
                 }
             })?;
-            if bytes.len() > PIECE {
-                // Copies wait in staging memory until something is submitted; gigabytes should not.
+            if piece.len() >= LARGE {
+                // Copies wait in staging memory until something is submitted; those of a model's many tensors should not.
                 self.queue.submit([]);
             }
         }
@@ -101,7 +101,8 @@ impl Context {
             let whole: Vec<u8> = tile.iter().copied().cycle().take(if tile.is_empty() { 0 } else { bytes }).collect();
             return self.write(&buffer.buffer, &whole);
         }
-        let tile = tile.repeat(LEAST_TILE.div_ceil(tile.len()));
+        // A tile of 4 bytes would take a command for each word.
+        let tile = tile.repeat(LARGE.div_ceil(tile.len()));
         let source = self.buffer(tile.len(), USAGE)?;
         self.write(&source, &tile)?;
         self.guarded("copy_buffer_to_buffer", || {

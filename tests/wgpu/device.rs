@@ -199,6 +199,24 @@ fn tiles_of_any_size_fill_buffers_to_the_end() {
     }
 }
 
+/// Copies to the device go by way of memory of wgpu's own, which is free again once they are submitted: a program that
+/// uploads a model before it runs anything must not hold it twice.
+#[test]
+#[cfg(target_os = "linux")]
+fn uploads_do_not_pile_up() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    let resident = || {
+        let pages = std::fs::read_to_string("/proc/self/statm").expect("Linux has it");
+        pages.split(' ').nth(1).expect("the second number").parse::<usize>().expect("a number") * 4096
+    };
+    let (bytes, before) = (vec![1u8; 32 << 20], resident());
+    for _ in 0..64 {
+        backend.upload(&bytes).expect("a buffer, which is dropped");
+    }
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 1 << 30, "64 buffers of 32 MiB, one at a time, left {} MiB", grown >> 20);
+}
+
 #[test]
 fn a_lost_device_is_an_error_everywhere() {
     let Some(backend) = super::backend(WgpuBackend::new) else { return };
