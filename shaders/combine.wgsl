@@ -4,7 +4,8 @@
 // Tile      512 columns of a row (128 of 4 workgroups): an invocation adds 4 columns, of all splits; of 4 workgroups, of
 //           every fourth split, and then the four sums are added.
 // Order     first the weights of 128 splits, one an invocation; then sums. There are four, of splits 0, 4, 8, .., of 1, 5, 9,
-//           and so on, whoever adds them: the bits depend neither on timing nor on how many rows there are.
+//           and so on, whoever adds them: the bits depend neither on timing nor on how many rows there are. Of up to four
+//           splits an invocation asks for all at once and shares nothing.
 
 //#include "params.wgsl"
 //#include "store.wgsl"
@@ -67,6 +68,61 @@ fn partial(row: u32, column: u32) -> vec4<f32> {
 //#endif
 }
 
+// Four columns of a row, from their sum of weighted accumulators; `sums` are the row's two sums of weights. lse with the first four.
+fn store_row(row: Row, request: u32, bad: bool, column: u32, accumulated: vec4<f32>, top: f32, sums: vec2<f32>) {
+    let blind = sums.x == 0.0;          // the row sees no key
+    if column == 0u {
+        let at = params.lse.x + request * params.lse.y + row.head * params.lse.z + row.s * params.lse.w;
+        if bad {
+            lse[at] = bitcast<f32>(nan_bits());
+        } else if blind {
+            lse[at] = bitcast<f32>(infinity_bits());
+        } else {
+            lse[at] = (top - WEIGHT_SHIFT + precise_log2(sums.y)) * LN_2;
+        }
+    }
+    var quad = accumulated;
+    if !blind {
+        // Still shifted, as the weights were: store_pair undoes it.
+        quad /= sums.x * exp2(-WEIGHT_SHIFT);
+    }
+    if column < params.head_dim_v {
+        let at = params.out.x + request * params.out.y + row.s * params.out.z + row.head * params.out.w + column * params.out_column;
+        store_pair(at, bad, quad.xy, column + 1u < params.head_dim_v);
+        if column + 2u < params.head_dim_v {
+            store_pair(at + 2u * params.out_column, bad, quad.zw, column + 3u < params.head_dim_v);
+        }
+    }
+}
+
+// A row of at most SUMS_APART splits, from this column on.
+fn merge_few(row: Row, request: u32, local_row: u32, begin: u32, end: u32, rows: u32, bad: bool, first_column: u32) {
+    for (var column = first_column; column < params.head_dim_v; column += THREADS * 4u) {
+        var tops = array<f32, SUMS_APART>(LOWEST, LOWEST, LOWEST, LOWEST);
+        var terms = array<vec2<f32>, SUMS_APART>();
+        var parts = array<vec4<f32>, SUMS_APART>();
+//#for i 4
+        if begin + $iu < end {
+            let split_$i = (begin + $iu) * rows + local_row;
+            let sums_$i = params.sums_at + split_$i * SUMS;
+            tops[$i] = word(sums_$i);
+            terms[$i] = vec2<f32>(word(sums_$i + 1u), word(sums_$i + 2u));
+            parts[$i] = partial(split_$i, column);
+        }
+//#endfor
+        let top = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
+        var sums = vec2<f32>(0.0);
+//#for i 4
+        if begin + $iu < end {
+            let weight_$i = exp2(tops[$i] - top);
+            sums += weight_$i * terms[$i];
+            parts[$i] *= weight_$i;
+        }
+//#endfor
+        store_row(row, request, bad, column, (parts[0] + parts[1]) + (parts[2] + parts[3]), top, sums);
+    }
+}
+
 @compute @workgroup_size(THREADS)
 fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
            @builtin(local_invocation_index) thread: u32) {
@@ -81,6 +137,16 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
     let end = (plan[NUM_SPLITS_AT + params.first_request + request + 1u] - first) * params.windows;
     let rows = params.row_tiles * ROWS;
 
+    let bad = bitcast<u32>(word(request)) == BAD_LENGTH;
+    let shared_row = groups.z > 1u;
+    let lanes = select(THREADS, THREADS / SUMS_APART, shared_row);
+    if end - begin <= SUMS_APART {
+        if thread < lanes {
+            merge_few(row, request, local_row, begin, end, rows, bad, (group.z * lanes + thread) * 4u);
+        }
+        return;
+    }
+
     // The largest maximum: of an invocation's splits, then of all.
     var top = LOWEST;
     for (var i = begin + thread; i < end; i += THREADS) {
@@ -92,10 +158,6 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
         top = max(top, weights[i]);
     }
 
-    let bad = bitcast<u32>(word(request)) == BAD_LENGTH;
-    let out_row = params.out.x + request * params.out.y + row.s * params.out.z + row.head * params.out.w;
-    let shared_row = groups.z > 1u;
-    let lanes = select(THREADS, THREADS / SUMS_APART, shared_row);
     let part = thread / lanes;          // which of the four sums is this invocation's, where it has one
     for (var block = group.z * lanes * 4u; block < params.head_dim_v; block += groups.z * lanes * 4u) {
         let column = block + thread % lanes * 4u;
@@ -161,28 +223,8 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
             c = group_sums[thread % lanes + 2u * lanes];
             d = group_sums[thread % lanes + 3u * lanes];
         }
-        var quad = (a + b) + (c + d);
-        let blind = sum == 0.0;         // the row sees no key
-        if block == 0u && thread == 0u {
-            let at = params.lse.x + request * params.lse.y + row.head * params.lse.z + row.s * params.lse.w;
-            if bad {
-                lse[at] = bitcast<f32>(nan_bits());
-            } else if blind {
-                lse[at] = bitcast<f32>(infinity_bits());
-            } else {
-                lse[at] = (top - WEIGHT_SHIFT + precise_log2(lse_sum)) * LN_2;
-            }
-        }
-        if !blind {
-            // Still shifted, as the weights were: store_pair undoes it.
-            quad /= sum * exp2(-WEIGHT_SHIFT);
-        }
-        if part == 0u && column < params.head_dim_v {
-            let at = out_row + column * params.out_column;
-            store_pair(at, bad, quad.xy, column + 1u < params.head_dim_v);
-            if column + 2u < params.head_dim_v {
-                store_pair(at + 2u * params.out_column, bad, quad.zw, column + 3u < params.head_dim_v);
-            }
+        if part == 0u {
+            store_row(row, request, bad, column, (a + b) + (c + d), top, vec2<f32>(sum, lse_sum));
         }
     }
 }

@@ -35,7 +35,7 @@ const NOWHERE: u32 = 0xffffffffu;       // the offset of what is not to be read
 var<workgroup> q_nope_rows: array<u32, ROWS>;           // where the tile's query rows are
 var<workgroup> q_pe_rows: array<u32, ROWS>;
 var<workgroup> ends: array<u32, ROWS>;                  // keys that each row sees
-var<workgroup> last_end: array<u32, 4>;                 // in its first element, the largest of `ends`
+var<workgroup> last_ends: array<u32, 4>;                // the largest of every fourth of `ends`
 
 // What a row of the partial results needs beside its accumulators: weights are exp2(score - top + WEIGHT_SHIFT); the
 // sum that the accumulators are divided by; the sum for lse.
@@ -70,26 +70,27 @@ fn remains(partial_row: u32, thread: u32) -> bool { return true; }
 fn load_rows(request: u32, tile: u32, thread: u32) -> u32 {
     workgroupBarrier();                 // the request before is done with
     if thread < ROWS {
+        // Both numbers are asked for at once; what is there of a row that does not exist, or of a bad request, is not used.
         let row = row_of(tile, thread);
         let len = bitcast<u32>(workspace[request]);
-        if row.exists && len != BAD_LENGTH {
-            q_nope_rows[thread] = params.q_nope.x + request * params.q_nope.y + row.s * params.q_nope.z + row.head * params.q_nope.w;
-            q_pe_rows[thread] = params.q_pe.x + request * params.q_pe.y + row.s * params.q_pe.z + row.head * params.q_pe.w;
-            ends[thread] = bitcast<u32>(workspace[params.ends_at + request * params.s_q + row.s]);
-        } else {
-            q_nope_rows[thread] = NOWHERE;
-            ends[thread] = 0u;
-        }
+        let end = bitcast<u32>(workspace[params.ends_at + request * params.s_q + min(row.s, params.s_q - 1u)]);
+        let exists = row.exists && len != BAD_LENGTH;
+        let q_nope_row = params.q_nope.x + request * params.q_nope.y + row.s * params.q_nope.z + row.head * params.q_nope.w;
+        let q_pe_row = params.q_pe.x + request * params.q_pe.y + row.s * params.q_pe.z + row.head * params.q_pe.w;
+        q_nope_rows[thread] = select(NOWHERE, q_nope_row, exists);
+        q_pe_rows[thread] = q_pe_row;
+        ends[thread] = select(0u, end, exists);
     }
     workgroupBarrier();
-    if thread == 0u {
+    if thread < 4u {
         var last = 0u;
-        for (var r = 0u; r < ROWS; r += 1u) {
+        for (var r = thread; r < ROWS; r += 4u) {
             last = max(last, ends[r]);
         }
-        last_end[0] = last;
+        last_ends[thread] = last;
     }
-    return workgroupUniformLoad(&last_end[0]);
+    let last = workgroupUniformLoad(&last_ends);
+    return max(max(last[0], last[1]), max(last[2], last[3]));
 }
 
 @compute @workgroup_size(THREADS)

@@ -162,9 +162,31 @@ fn store_key(n: u32, to: u32, place: Place, end: u32, thread: u32, v: vec4<u32>)
     store_vector(to + token_of(n, thread), vector_of(n, thread), converted);
 }
 
-fn query_vector(row: u32, vector: u32) -> vec4<u32> {
+// Load `n` of queries of an invocation, 16 bytes: first of the COLUMNS columns that V has, too, then of the others.
+const QUERY_LOADS: u32 = ROWS * COLUMNS / 8u / THREADS;
+fn query_row(n: u32, thread: u32) -> u32 {
+    if n < QUERY_LOADS {
+        return thread / (COLUMNS / 8u) + n * TOKENS_APART;
+    }
+    return thread / 8u + (n - QUERY_LOADS) * (THREADS / 8u);
+}
+fn query_column(n: u32, thread: u32) -> u32 {
+    if n < QUERY_LOADS {
+        return thread % (COLUMNS / 8u);
+    }
+    return COLUMNS / 8u + thread % 8u;
+}
+fn query_vector(n: u32, thread: u32) -> vec4<u32> {
+    let row = query_row(n, thread);
     let at = q_nope_rows[row];
-    let column = vector * 8u;
+    let column = query_column(n, thread) * 8u;
+//#if FULL
+    let none = at == NOWHERE;
+    if n < QUERY_LOADS {
+        return select(q_nope[select((at + column) / 8u, 0u, none)], vec4<u32>(0u), none);
+    }
+    return select(q_pe[select((q_pe_rows[row] + column - COLUMNS) / 8u, 0u, none)], vec4<u32>(0u), none);
+//#else
     if at == NOWHERE || column >= params.head_dim_k {
         return vec4<u32>(0u);
     }
@@ -172,4 +194,5 @@ fn query_vector(row: u32, vector: u32) -> vec4<u32> {
         return q_nope[(at + column) / 8u];
     }
     return q_pe[(q_pe_rows[row] + column - params.head_dim_v) / 8u];
+//#endif
 }

@@ -54,6 +54,7 @@ const THREADS: u32 = SUBGROUP_COUNT * 32u;
 const WEIGHTS_AT: u32 = COLUMNS;
 const PITCH: u32 = COLUMNS + 72u;
 const VECTORS: u32 = K_COLUMNS / 8u;            // of 16 bytes, a token
+const STAGE_ROWS: u32 = BUFFERS * TOKENS;       // query rows that fit where keys will be
 const VALUE_LOADS: u32 = TOKENS * COLUMNS / 8u / THREADS;   // of an invocation and a step: so many of V, one of the rest
 const LANES: u32 = 4;                           // invocations that share a row's scores, of one subgroup: 4 tokens each
 const HEADROOM: f32 = 6.0;
@@ -116,34 +117,52 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
     let share = subgroup / ROW_TILES;
     let first_column = share * SHARE_COLUMNS;               // and of K
 
+    // Whatever does not depend on other loads is asked for before anything is waited for: pages, keys, queries.
+    let first = place_of(begin, table_row, end, kv_head, thread);
+    var step = first.step;
+    var next = place_after(first, table_row, end, kv_head, thread);
+//#if FULL
+//#for n LOADS
+    let first_$n = key_vector($nu, first, end, thread);
+//#endfor
+//#endif
+//#for n QUERY_LOADS
+    let query_$n = query_vector($nu, thread);
+//#endfor
 //#if BF16
-    let query_scale = measure_queries(row, lane, thread);
+    start_range(thread);
+//#for n QUERY_LOADS
+    note_query(query_$n);
+//#endfor
+    let query_scale = scale_of_queries();
     let scale_log2 = params.scale_log2 / query_scale;
 //#else
     let scale_log2 = params.scale_log2;
 //#endif
 
-    // Queries, by way of the memory that keys will have: 16 rows at a time.
+    // Queries, by way of the memory that keys will have.
 //#for e CHAINS
 //#for q QUERY_TILES
     var q_$e_$q: MatrixA;
 //#endfor
 //#endfor
-    for (var t = 0u; t < ROW_TILES; t += 1u) {
+    for (var stage = 0u; stage < ROWS / STAGE_ROWS; stage += 1u) {
         workgroupBarrier();
-        for (var n = thread; n < 16u * VECTORS; n += THREADS) {
-            let v = query_vector(t * 16u + n / VECTORS, n % VECTORS);
+//#for n QUERY_LOADS
+        if query_row($nu, thread) / STAGE_ROWS == stage {
 //#if BF16
-            store_vector(n / VECTORS, n % VECTORS, scaled_halves(v, query_scale));
+            store_vector(query_row($nu, thread) % STAGE_ROWS, query_column($nu, thread), scaled_halves(query_$n, query_scale));
 //#else
-            store_vector(n / VECTORS, n % VECTORS, halves(v));
+            store_vector(query_row($nu, thread) % STAGE_ROWS, query_column($nu, thread), halves(query_$n));
 //#endif
         }
+//#endfor
         workgroupBarrier();
-        if row_tile == t {
+        if row_tile * 16u / STAGE_ROWS == stage {
+            let from_row = row_tile * 16u % STAGE_ROWS * PITCH + first_column;
 //#for e CHAINS
 //#for q QUERY_TILES
-            q_$e_$q = load_queries(first_column + ($eu * CHAIN + $qu) * 16u, $eu * CHAIN + $qu);
+            q_$e_$q = load_queries(from_row + ($eu * CHAIN + $qu) * 16u, $eu * CHAIN + $qu);
 //#endfor
 //#endfor
         }
@@ -163,13 +182,12 @@ fn decode_split(request: u32, begin: u32, end: u32, slot: u32, tile: u32, slice:
         risen[0] = 0u;
     }
 
-    let first = place_of(begin, table_row, end, kv_head, thread);
-    var step = first.step;
-    var next = place_after(first, table_row, end, kv_head, thread);
-    workgroupBarrier();                 // queries have been read, and places are known
+    workgroupBarrier();                 // queries have been read
+//#if !FULL
 //#for n LOADS
     let first_$n = key_vector($nu, first, end, thread);
 //#endfor
+//#endif
 //#for n LOADS
     store_key($nu, 0u, first, end, thread, first_$n);
 //#if ROWS_64

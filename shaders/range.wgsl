@@ -12,10 +12,12 @@
 // Bits of numbers that are not negative, which are ordered as the numbers are. The largest of K, and of V; V's words,
 // all together; the largest query element.
 var<workgroup> largest: array<atomic<u32>, 4>;
-var<workgroup> largest_norm: array<atomic<u32>, 4>;     // in the first, the largest sum of a query row's elements
+var<workgroup> largest_norm: array<atomic<u32>, 4>;     // in the first, the largest sum of 8 LANES elements of a query row
 var<private> largest_value: f32;        // that this invocation has seen, of V
 var<private> largest_rope: f32;         // and of other columns
 var<private> words: u32;                // all words of V
+var<private> largest_query: f32;
+var<private> largest_query_norm: f32;   // the sum of elements that LANES neighbours have of a row
 
 // Counts eight elements in, where they are of a step that there is. Without a branch: keys.wgsl says why.
 fn note_range(v: vec4<u32>, exists: bool, in_v: bool) {
@@ -38,8 +40,8 @@ fn largest_of(v: vec4<f32>) -> f32 {
     return max(max(v.x, v.y), max(v.z, v.w));
 }
 
-// What the tile's queries are multiplied by.
-fn measure_queries(row: u32, lane: u32, thread: u32) -> f32 {
+// Before the queries of a split are counted in.
+fn start_range(thread: u32) {
     largest_value = 0.0;
     largest_rope = 0.0;
     words = 0u;
@@ -48,18 +50,22 @@ fn measure_queries(row: u32, lane: u32, thread: u32) -> f32 {
         atomicStore(&largest_norm[thread], 0u);
     }
     workgroupBarrier();
-    var most = 0.0;
-    var norm = 0.0;
-    for (var vector = lane; vector < VECTORS; vector += LANES) {
-        let v = query_vector(row, vector);
-        let a = abs(vec4<f32>(both(v.x), both(v.y)));
-        let b = abs(vec4<f32>(both(v.z), both(v.w)));
-        most = max(most, largest_of(max(a, b)));
-        norm += a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w;
-    }
-    atomicMax(&largest[3], bitcast<u32>(most));
-    // Of a lane; LANES times the largest is not below the row's.
-    atomicMax(&largest_norm[0], bitcast<u32>(norm));
+    largest_query = 0.0;
+    largest_query_norm = 0.0;
+}
+
+// Counts eight elements of a query row in. LANES neighbours have neighbouring ones of the same row.
+fn note_query(v: vec4<u32>) {
+    let a = abs(vec4<f32>(both(v.x), both(v.y)));
+    let b = abs(vec4<f32>(both(v.z), both(v.w)));
+    largest_query = max(largest_query, largest_of(max(a, b)));
+    largest_query_norm = max(largest_query_norm, row_sum(a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w));
+}
+
+// What the tile's queries are multiplied by.
+fn scale_of_queries() -> f32 {
+    atomicMax(&largest[3], bitcast<u32>(largest_query));
+    atomicMax(&largest_norm[0], bitcast<u32>(largest_query_norm));
     workgroupBarrier();
     let exponent = i32(atomicLoad(&largest[3]) >> 23u) - 127;
     return bitcast<f32>(u32(clamp(14 - exponent, -100, 100) + 127) << 23u);
@@ -74,7 +80,8 @@ fn range_fits(thread: u32) -> bool {
     let key = bitcast<f32>(atomicLoad(&largest[0]));
     let value = bitcast<f32>(atomicLoad(&largest[1]));
     let query = bitcast<f32>(atomicLoad(&largest[3]));
-    let norm = bitcast<f32>(atomicLoad(&largest_norm[0])) * f32(LANES);
+    // As many times the largest sum as a row has such sums is not below the row's.
+    let norm = bitcast<f32>(atomicLoad(&largest_norm[0])) * f32(VECTORS / LANES);
     let scale = abs(params.scale_log2);
     let has_v = (atomicLoad(&largest[2]) & 0x7fff7fffu) != 0u;
     // Not a number compares as false.

@@ -26,12 +26,35 @@ function include(file, files, defines, lines) {
   }
 }
 
+/** The lines with those between `//#for` and `//#endfor` repeated. */
+function unroll(lines) {
+  const text = [];
+  for (let i = 0; i < lines.length; i++) {
+    const [directive, name, count] = words(lines[i]);
+    if (directive !== "for") {
+      text.push(lines[i]);
+      continue;
+    }
+    // Other counts are the sizes of matrices, which are no part of WebGPU.
+    if (!/^\d+$/.test(count)) throw new Error(`//#for ${name} ${count}: not a number`);
+    const body = [];
+    for (let depth = 1; ; ) {
+      const inner = words(lines[++i])[0];
+      depth += inner === "for" ? 1 : inner === "endfor" ? -1 : 0;
+      if (depth === 0) break;
+      body.push(lines[i]);
+    }
+    const once = unroll(body);
+    for (let n = 0; n < Number(count); n++) text.push(...once.map((line) => line.replaceAll(`$${name}`, String(n))));
+  }
+  return text;
+}
+
 /** The WGSL of a kernel. */
 export function source(kernel, files, defines) {
   const lines = [];
   include(`${kernel}.wgsl`, files, new Set(defines), lines);
-  if (lines.some((line) => words(line)[0] === "for")) throw new Error(`${kernel}: matrices are no part of WebGPU`);
-  return lines.join("\n");
+  return unroll(lines).join("\n");
 }
 
 /** The shader files that a browser needs. */

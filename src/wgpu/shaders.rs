@@ -208,6 +208,7 @@ impl Path {
             ("MATRIX_COLUMNS", columns / 16 / subgroups),
             ("CHAINS", chains),
             ("QUERY_TILES", k_columns / 16 / shares / chains),
+            ("QUERY_LOADS", rows * k_columns / 8 / (subgroups * 32)),
             ("LOADS", STEP_TOKENS * columns / 8 / (subgroups * 32) + 1),
         ]
     }

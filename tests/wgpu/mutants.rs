@@ -5,7 +5,7 @@ use std::process::Command;
 
 /// File, what is replaced, by what.
 type Mutant = (&'static str, &'static str, &'static str, &'static str);
-const MUTANTS: [Mutant; 11] = [
+const MUTANTS: [Mutant; 12] = [
     ("nothing is rescaled when the maximum rises", "vector.wgsl", "accumulators[r] *= factors[r];", ""),
     ("sums are not rescaled", "vector.wgsl", "sum = sum * factor +", "sum = sum +"),
     ("V is read past the end", "vector.wgsl", "if key == NOWHERE {", "if false {"),
@@ -22,7 +22,8 @@ const MUTANTS: [Mutant; 11] = [
         "d = group_sums[thread % lanes + 3u * lanes];",
         "d = vec4<f32>(0.0);",
     ),
-    ("rows that see nothing divide by 0", "combine.wgsl", "let blind = sum == 0.0;", "let blind = false;"),
+    ("the fourth of few splits is lost", "combine.wgsl", "(parts[2] + parts[3])", "parts[2]"),
+    ("rows that see nothing divide by 0", "combine.wgsl", "let blind = sums.x == 0.0;", "let blind = false;"),
     (
         "a store takes its neighbour along",
         "store.wgsl",
@@ -44,7 +45,7 @@ const SHORT: &str = "limits::matrix_paths_are_right_in_short";
 const RANGE: &str = "range::bf16_of_any_size_is_right";
 
 /// The same for matrices, which are emulated: by which path, and in which test.
-const MATRIX_MUTANTS: [(&str, &str, Mutant); 21] = [
+const MATRIX_MUTANTS: [(&str, &str, Mutant); 22] = [
     (
         "emulated-matrix64",
         SHORT,
@@ -126,6 +127,16 @@ const MATRIX_MUTANTS: [(&str, &str, Mutant); 21] = [
             "matrix.wgsl",
             "store_vector(TOKENS + token_of($nu, thread), vector_of($nu, thread), array<vec4<f16>, 2>());",
             "",
+        ),
+    ),
+    (
+        "emulated-matrix64",
+        SHORT,
+        (
+            "the last stage of queries is everybody's",
+            "matrix.wgsl",
+            "if row_tile * 16u / STAGE_ROWS == stage {",
+            "if row_tile * 16u / STAGE_ROWS <= stage {",
         ),
     ),
     ("emulated-matrix16", SHORT, ("pages are not turned", "keys.wgsl", "place.column + u32(over)", "place.column")),
