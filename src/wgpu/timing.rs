@@ -10,9 +10,16 @@ use crate::error::Result;
 /// Bytes written between timed runs: several times the last cache of any device.
 const FLUSH_BYTES: u64 = 1 << 30;
 
+/// A device that had nothing to do for as long (some lower their clocks after seconds) is first kept busy for [`WAKING`].
+const IDLE: Duration = Duration::from_millis(100);
+/// An H200 takes a quarter of a second from 400 MHz to its full clock.
+const WAKING: Duration = Duration::from_millis(400);
+
 /// Made at first use.
 #[derive(Default)]
 pub(super) struct Clock {
+    /// When the last timed run ended.
+    last: Mutex<Option<Instant>>,
     flush: Mutex<Option<::wgpu::Buffer>>,
     timestamps: Mutex<Option<Timestamps>>,
 }
@@ -66,16 +73,32 @@ impl Clock {
         let Some(timestamps) = kept.as_ref() else {
             return Err(platform("create_query_set", "no query set".into()));
         };
+        self.wake(context)?;
         context.at_once(|| {
             timestamps.stamp(context, 0)?;
             work()?;
             timestamps.stamp(context, 1)
         })?;
         finish()?;
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
         let mut ticks = [0u64; 2];
         context.read(&timestamps.resolved, 0, bytemuck::bytes_of_mut(&mut ticks))?;
         let ns = ticks[1].saturating_sub(ticks[0]) as f64 * f64::from(context.queue.get_timestamp_period());
         Ok(Duration::from_secs_f64(ns / 1e9))
+    }
+
+    /// Brings the device's clocks up, where it has been idle: for a few short runs it would not hurry.
+    fn wake(&self, context: &Context) -> Result<()> {
+        let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_some_and(|last| last.elapsed() < IDLE) {
+            return Ok(());
+        }
+        let start = Instant::now();
+        while start.elapsed() < WAKING {
+            self.flush_caches(context)?;
+            context.wait("poll")?;
+        }
+        Ok(())
     }
 
     /// Writes more than any cache holds.
