@@ -7,6 +7,7 @@ use super::context::Context;
 use super::memory::{self, WgpuBuffer};
 use super::pipelines::{Pipeline, Pipelines};
 use super::plan::WgpuSchedule;
+use super::rounds;
 use super::run::{self, Kernels, Scratch};
 use super::shaders::{Build, Kernel, Path};
 use super::timing::Clock;
@@ -21,6 +22,9 @@ use crate::workspace::Workspace;
 
 /// The most scratch memory asked for where less would do in several chunks.
 const WORKSPACE_BYTES: u64 = 1 << 30;
+
+/// Processors of adapters that were measured: wgpu does not tell how many an adapter has.
+const PROCESSORS: [(&str, usize); 1] = [("NVIDIA H200", 132)];
 
 /// Whether a matrix path takes the sizes of a problem: keys are loaded 8 columns at a time, results stored 16.
 fn suits_matrices(p: &Problem, path: Path) -> bool {
@@ -222,14 +226,23 @@ impl WgpuBackend {
         }
     }
 
+    /// Whether the driver ends long loops: [`rounds`] says which.
+    fn ends_loops(&self) -> bool {
+        self.context.adapter.device_type == ::wgpu::DeviceType::Cpu
+    }
+
     /// Parts that fill the device.
     fn default_parts(&self, path: Path, row_tiles: u64, slices: usize) -> usize {
-        // Workgroups beyond what runs at once cost little: each is long, and the last ones even out.
-        let fill = match self.context.adapter.device_type {
-            ::wgpu::DeviceType::Cpu => 8,
-            // These fill a processor each.
-            ::wgpu::DeviceType::DiscreteGpu if path.is_matrix() && path.rows() > 16 => 264,
-            ::wgpu::DeviceType::DiscreteGpu => 528,
+        let adapter = &self.context.adapter;
+        // Of 16 rows two workgroups fit a processor, of more rows one.
+        let together = if path.rows() > 16 { 1 } else { 2 };
+        let processors = PROCESSORS.iter().find(|(name, _)| adapter.name.contains(name)).map(|(_, n)| n * together);
+        let fill = match (adapter.device_type, processors) {
+            (_, Some(n)) if path.is_matrix() => n,
+            // Workgroups beyond what runs at once cost little: each is long, and the last ones even out.
+            (::wgpu::DeviceType::Cpu, _) => 8,
+            (::wgpu::DeviceType::DiscreteGpu, _) if path.is_matrix() => 264 * together,
+            (::wgpu::DeviceType::DiscreteGpu, _) => 528,
             _ => 128,
         };
         self.workgroups.unwrap_or(fill) / (row_tiles as usize * slices).max(1)
@@ -317,6 +330,7 @@ impl MlaBackend for WgpuBackend {
         let rows_per_kv = problem.s_q() * problem.heads_per_kv();
         let row_tiles = (problem.h_kv() * rows_per_kv.div_ceil(path.rows())) as u64;
         let parts = self.default_parts(path, row_tiles, problem.head_dim_v().div_ceil(path.columns()));
+        let parts = if self.ends_loops() { parts.max(rounds::least_parts(problem, options.policy)?) } else { parts };
         let schedule = WgpuSchedule::new(&self.context, problem, options, parts)?;
         let kernel = self.kernel(Kernel::Schedule, path, problem, windows)?;
         schedule.enqueue(&self.context, &kernel, problem, &inputs.cache_seqlens, &self.dummy)?;
@@ -368,6 +382,9 @@ impl MlaBackend for WgpuBackend {
         }
         if problem.rows() == 0 {
             return Ok(());
+        }
+        if self.ends_loops() {
+            rounds::check_parts(problem, schedule.policy(), schedule.num_parts())?;
         }
         let path = self.path_of_call(problem, inputs);
         let remains = self.remains(path, problem)?;

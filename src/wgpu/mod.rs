@@ -24,6 +24,7 @@ mod memory;
 mod params;
 mod pipelines;
 mod plan;
+mod rounds;
 mod run;
 pub mod shaders;
 mod submit;

@@ -188,6 +188,10 @@ impl WgpuSchedule {
     pub fn num_parts(&self) -> usize {
         self.num_parts
     }
+    /// How requests are split.
+    pub(super) fn policy(&self) -> SplitPolicy {
+        self.policy
+    }
     /// Requests planned for.
     pub fn b(&self) -> usize {
         self.shape[0].1

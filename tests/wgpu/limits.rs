@@ -162,26 +162,50 @@ fn a_workspace_above_128_mib_goes_in_groups_of_requests() {
     assert!(outcome.passed(), "{}", outcome.failure());
 }
 
-/// 70 requests of 16 rows are merged a workgroup a row, the first one alone by four: of one to six splits each.
+/// 70 requests of 16 rows are merged by a workgroup a row, 20 by four: of one to six splits each.
 #[test]
 fn rows_have_the_same_bits_whatever_merges_them() {
     let Some(backend) = super::backend(WgpuBackend::new) else { return };
     let options = ScheduleOptions { num_sm_parts: None, policy: SplitPolicy::BatchInvariant { split_blocks: 1 } };
-    // Merged four columns at a time, and not.
-    for columns in [64, 66] {
-        let results = [70, 1].map(|b| {
-            let builder = Problem::builder(b).h_q(16).head_dim_k(72).head_dim_v(columns).dtype(DType::F32);
+    // Merged four columns at a time, and not; more columns than a workgroup has invocations for.
+    for (columns, longest) in [(64, 384), (66, 384), (520, 384)] {
+        let results = [70, 20].map(|b| {
+            let builder = Problem::builder(b).h_q(16).head_dim_k(columns + 8).head_dim_v(columns).dtype(DType::F32);
             let problem = builder.num_pages(6).page_size(64).max_pages_per_seq(6).build().unwrap();
             let table: Vec<i32> = (0..b * 6).map(|i| i as i32 % 6).collect();
-            let lengths: Vec<i32> = (0..b as i32).map(|i| 384 - (i * 13) % 384).collect();
+            let lengths: Vec<i32> = (0..b as i32).map(|i| (longest - i * 13).rem_euclid(longest + 1)).collect();
             let call = call(problem, &table, &lengths);
             let outcome = check_with(&backend, &call, Layout::Given, &options);
             assert!(outcome.passed(), "{b}: {}", outcome.failure());
             let mut results = call.poisoned_outputs().unwrap();
             let mut outputs = results.outputs().unwrap();
             backend.decode(&call.problem, &options, &call.inputs().unwrap(), &mut outputs).unwrap();
-            results.out.to_f64()[..16 * columns].to_vec()
+            results.out.to_f64()
         });
-        assert_eq!(results[0], results[1], "{columns} columns");
+        let [many, few] = &results;
+        assert_eq!(many[..few.len()], few[..], "{columns} columns");
     }
+}
+
+/// llvmpipe ends loops after 65,535 rounds: a batch is cut into enough parts there, and too few are refused.
+#[test]
+fn a_driver_that_ends_long_loops_gets_short_ones() {
+    let Some(backend) = super::backend(WgpuBackend::new) else { return };
+    let name = HostBackend::info(&backend).device_name.clone();
+    if !name.contains("llvmpipe") {
+        println!("SKIPPED: {name} ends no loops");
+        return;
+    }
+    let pages = 500;
+    let builder = Problem::builder(1).h_q(2).head_dim_k(24).head_dim_v(16).dtype(DType::F32);
+    let problem = builder.num_pages(7).page_size(64).max_pages_per_seq(pages).build().unwrap();
+    let table: Vec<i32> = (0..pages as i32).map(|i| i % 7).collect();
+    let call = call(problem, &table, &[pages as i32 * 64 - 3]);
+    let options = |num_sm_parts| ScheduleOptions { num_sm_parts, policy: POLICIES[0] };
+    for parts in [None, Some(3)] {
+        let outcome = check_with(&backend, &call, Layout::Given, &options(parts));
+        assert!(outcome.passed(), "{parts:?}: {}", outcome.failure());
+    }
+    let outcome = check_with(&backend, &call, Layout::Given, &options(Some(1)));
+    assert!(outcome.failure().to_string().contains("num_sm_parts"), "{}", outcome.failure());
 }
