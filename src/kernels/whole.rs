@@ -9,6 +9,8 @@ const SECTION_BYTES: usize = 64;
 const SEGMENT_BYTES: usize = 56;
 /// `SHT_NOBITS`: a section that has a size, and nothing in the file.
 const NO_BITS: u64 = 8;
+/// `SHT_LOOS`: from here on the types of sections are a platform's own, and so is what their sizes mean.
+const OWN_TYPES: u64 = 0x6000_0000;
 /// How a bundle of clang's begins: the number of its binaries follows, then where each lies.
 const BUNDLE: &[u8] = b"__CLANG_OFFLOAD_BUNDLE__";
 
@@ -50,7 +52,8 @@ fn elf(binary: &[u8]) -> Option<bool> {
         }
     }
     for at in entries(binary, sections, field(58, 2)?, field(60, 2)?, SECTION_BYTES)? {
-        if field(at + 4, 4)? != NO_BITS && !inside(binary, field(at + 24, 8)?, field(at + 32, 8)?) {
+        let kind = field(at + 4, 4)?;
+        if kind < OWN_TYPES && kind != NO_BITS && !inside(binary, field(at + 24, 8)?, field(at + 32, 8)?) {
             return None;
         }
     }
@@ -137,5 +140,7 @@ mod tests {
         let mut long = small_elf();
         long[152 + 33] = 1;
         assert!(!is_whole(&long), "a section beyond the end");
+        long[152 + 7] = 0x70;
+        assert!(is_whole(&long), "what a platform's own sections are, only the platform knows");
     }
 }
