@@ -55,6 +55,10 @@ static KERNELS: KernelSet =
     KernelSet { backend: NAME, arch: "sm_90a", files: built::FILES, units: units::UNITS, embedded: built::EMBEDDED };
 
 /// MLA decoding on an NVIDIA Hopper device.
+///
+/// A schedule loads the kernels of its problem. An `out` that is not written 16 bytes at a time (rows that begin anywhere
+/// else, or columns with gaps) takes another one, which the first such [`run`](crate::MlaBackend::run) loads, and compiles where
+/// it has to: run a call of that kind once before it is recorded into a graph.
 pub struct Sm90Backend {
     context: Arc<Context>,
     device: Arc<dyn Api>,
