@@ -8,6 +8,7 @@
 //            - something exceeds f16;
 //            - a score could be off by more than 2^-13: 2^-25 |q|_1 scale of keys, 2^-39 max |q| |k|_1 scale of queries;
 //            - V as a whole is so small, below 2^-10, that rounding to 2^-25 would show.
+// Weights  are f16: below 2^-38 of the row's largest they are 0, which is not looked for.
 
 // Bits of numbers that are not negative, which are ordered as the numbers are. The largest of K, and of V; V's words,
 // all together; the largest query element.
