@@ -51,6 +51,32 @@ PM_DEV void store_merged(const DecodeParams& p, i64 at, int col, const float (&a
     }
 }
 
+// What the weights of a row's splits are relative to, and their sum.
+struct Weighed {
+    float from_top, sum;
+    PM_DEV float inverse() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+    PM_DEV float lse() const { return sum == 0.0f ? -pm_inf() : from_top + pm_log2(sum); }
+};
+// Makes weights of a row's logarithms, by one lane.
+template <int N>
+PM_DEV Weighed weigh(float (&x)[N]) {
+    float top = x[0], sum = 0.0f;
+#pragma unroll
+    for (int i = 1; i < N; ++i) top = pm_max(top, x[i]);
+    const float from_top = top == -pm_inf() ? 0.0f : top;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum += x[i] = pm_exp2(x[i] - from_top);
+    return {from_top, sum};
+}
+// Adds the weighted shares of all splits.
+template <class Share, int VALUES, int N>
+PM_DEV void add_up(float (&acc)[VALUES], const float (&weights)[N], float inverse, const Share (&share)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+        for (int e = 0; e < VALUES; ++e) acc[e] += weights[i] * inverse * share[i].value(e);
+}
+
 // Pieces [begin, end) of a request with at most N splits, by warps that need nothing of each other: each lane weighs its row.
 // 8 / N pieces of a warp are on their way at a time.
 template <class Elem, int N>
@@ -98,20 +124,11 @@ PM_DEV void merge_few(const DecodeParams& p, int req, int first, int n, int begi
         for (int k = 0; k < AT_ONCE; ++k) {
             const int piece = piece0 + k * MERGE_WARPS, row = group[k] * PIECE_ROWS + lane / 4;
             if (piece >= end) return;
-            float top = x[k][0], sum = 0.0f;
-#pragma unroll
-            for (int i = 1; i < N; ++i) top = pm_max(top, x[k][i]);
-            const float from_top = top == -pm_inf() ? 0.0f : top;
-#pragma unroll
-            for (int i = 0; i < N; ++i) sum += x[k][i] = pm_exp2(x[k][i] - from_top);
-            const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-            if (piece % PIECES_A_ROW == 0 && lane % 4 == 0 && is_row[k])
-                store_lse(p, req, Row(p, kv_head[k], row), sum == 0.0f ? -pm_inf() : from_top + pm_log2(sum));
+            const Weighed row_sum = weigh(x[k]);
+            const float inverse = row_sum.inverse();
+            if (piece % PIECES_A_ROW == 0 && lane % 4 == 0 && is_row[k]) store_lse(p, req, Row(p, kv_head[k], row), row_sum.lse());
             float acc[8] = {};
-#pragma unroll
-            for (int i = 0; i < N; ++i)
-#pragma unroll
-                for (int e = 0; e < 8; ++e) acc[e] += x[k][i] * inverse * share[k][i].value(e);
+            add_up(acc, x[k], inverse, share[k]);
             if (is_row[k]) store_merged<Elem>(p, to[k], piece % PIECES_A_ROW * PIECE_COLUMNS + lane % 4 * 2, acc);
         }
     }
@@ -149,20 +166,11 @@ PM_DEV void merge_half(const DecodeParams& p, int req, int first, int n, int beg
             lse += lse_stride;
             from.next(slot_bytes);
         }
-        float top = x[0], sum = 0.0f;
-#pragma unroll
-        for (int i = 1; i < MERGE_HALF; ++i) top = pm_max(top, x[i]);
-        const float from_top = top == -pm_inf() ? 0.0f : top;
-#pragma unroll
-        for (int i = 0; i < MERGE_HALF; ++i) sum += x[i] = pm_exp2(x[i] - from_top);
-        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        if (piece % PIECES_A_ROW == 0 && lane % 8 == 0 && is_row)
-            store_lse(p, req, Row(p, kv_head, row), sum == 0.0f ? -pm_inf() : from_top + pm_log2(sum));
+        const Weighed row_sum = weigh(x);
+        const float inverse = row_sum.inverse();
+        if (piece % PIECES_A_ROW == 0 && lane % 8 == 0 && is_row) store_lse(p, req, Row(p, kv_head, row), row_sum.lse());
         float acc[4] = {};
-#pragma unroll
-        for (int i = 0; i < MERGE_HALF; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) acc[e] += x[i] * inverse * share[i].value(e);
+        add_up(acc, x, inverse, share);
         if (is_row) store_merged<Elem>(p, to, piece % PIECES_A_ROW * PIECE_COLUMNS + owner % 4 * 2 + half * 16, acc);
     }
 }
