@@ -163,15 +163,15 @@ fn store_key(n: u32, to: u32, place: Place, end: u32, thread: u32, v: vec4<u32>)
 }
 
 // Load `n` of queries of an invocation, 16 bytes: first of the COLUMNS columns that V has, too, then of the others.
-const QUERY_LOADS: u32 = ROWS * COLUMNS / 8u / THREADS;
+const QUERY_V_LOADS: u32 = ROWS * COLUMNS / 8u / THREADS;
 fn query_row(n: u32, thread: u32) -> u32 {
-    if n < QUERY_LOADS {
+    if n < QUERY_V_LOADS {
         return thread / (COLUMNS / 8u) + n * TOKENS_APART;
     }
-    return thread / 8u + (n - QUERY_LOADS) * (THREADS / 8u);
+    return thread / 8u + (n - QUERY_V_LOADS) * (THREADS / 8u);
 }
 fn query_column(n: u32, thread: u32) -> u32 {
-    if n < QUERY_LOADS {
+    if n < QUERY_V_LOADS {
         return thread % (COLUMNS / 8u);
     }
     return COLUMNS / 8u + thread % 8u;
@@ -182,7 +182,7 @@ fn query_vector(n: u32, thread: u32) -> vec4<u32> {
     let column = query_column(n, thread) * 8u;
 //#if FULL
     let none = at == NOWHERE;
-    if n < QUERY_LOADS {
+    if n < QUERY_V_LOADS {
         return select(q_nope[select((at + column) / 8u, 0u, none)], vec4<u32>(0u), none);
     }
     return select(q_pe[select((q_pe_rows[row] + column - COLUMNS) / 8u, 0u, none)], vec4<u32>(0u), none);
