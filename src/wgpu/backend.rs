@@ -11,7 +11,7 @@ use super::rounds;
 use super::run::{self, Kernels, Scratch};
 use super::shaders::{Build, Kernel, Path};
 use super::timing::Clock;
-use super::{NAME, PATH_VARIABLE, WORKGROUPS_VARIABLE, chunks, refusal, supports};
+use super::{NAME, PATH_VARIABLE, WORKGROUPS_VARIABLE, chunks, environment, refusal, supports};
 use crate::backend::{BackendInfo, Evidence, MlaBackend, Unsupported};
 use crate::call::{Inputs, Outputs};
 use crate::error::{MlaError, Result};
@@ -63,7 +63,7 @@ impl WgpuBackend {
     /// # Errors
     /// [`MlaError::Absent`] with the reason; [`MlaError::Environment`].
     pub fn new() -> Result<WgpuBackend> {
-        let named = std::env::var_os(PATH_VARIABLE).unwrap_or_default().to_string_lossy().into_owned();
+        let named = environment(PATH_VARIABLE);
         let forced = Path::ALL.into_iter().find(|path| path.name() == named);
         if forced.is_none() && !named.is_empty() {
             let limit = Path::ALL.map(Path::name).join(", ");
@@ -116,7 +116,7 @@ impl WgpuBackend {
     fn on(context: Context, forced: Option<Path>) -> Result<WgpuBackend> {
         context.check_limits()?;
         let dummy = context.buffer(256, memory::USAGE)?;
-        let named = std::env::var_os(WORKGROUPS_VARIABLE).unwrap_or_default().to_string_lossy().into_owned();
+        let named = environment(WORKGROUPS_VARIABLE);
         let workgroups = match named.parse() {
             Ok(n) if (1..=65_535).contains(&n) => Some(n),
             _ if !named.is_empty() => {

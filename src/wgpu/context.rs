@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{ThreadId, current};
 
-use super::NAME;
+use super::{NAME, environment};
 use crate::error::{MlaError, Result};
 
 /// Names the adapter to open, by a part of its name, where a machine has several.
@@ -74,8 +74,7 @@ fn adapters() -> Vec<::wgpu::Adapter> {
 
 /// Picks an adapter: the best, or the one that the environment names.
 fn pick() -> Result<::wgpu::Adapter> {
-    // What is no UTF-8 is no adapter's name, and must not pass for unset.
-    let named = std::env::var_os(ADAPTER_VARIABLE).unwrap_or_default().to_string_lossy().into_owned();
+    let named = environment(ADAPTER_VARIABLE);
     let adapters = adapters();
     let names: Vec<String> = adapters.iter().map(|a| a.get_info().name).collect();
     let mut fitting = adapters.into_iter().filter(|a| a.get_info().name.contains(&named));

@@ -54,6 +54,11 @@ pub const WORKGROUPS_VARIABLE: &str = "POLYMLA_WGPU_WORKGROUPS";
 /// while kernels are tuned (`scripts/wgpu-machine-code.py`).
 pub const CACHE_VARIABLE: &str = "POLYMLA_WGPU_CACHE_DIR";
 
+/// What an environment variable says, nothing where it is unset. What is no UTF-8 stays a wrong value, and does not pass for unset.
+fn environment(variable: &str) -> String {
+    std::env::var_os(variable).unwrap_or_default().to_string_lossy().into_owned()
+}
+
 fn refusal(param: &'static str, value: String, limit: impl Into<String>) -> Unsupported {
     Unsupported { backend: NAME, param, value, limit: limit.into() }
 }

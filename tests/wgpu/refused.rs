@@ -36,37 +36,16 @@ fn calls_that_cannot_run_are_errors() {
 
     let good = |workspace: &mut Workspace<'_>| run(workspace, &tensors.inputs());
     assert_eq!(good(&mut backend.workspace(&mut scratch)), Ok(()));
+    let (dtype, shape, strides) = description(DType::Bf16, &[3, 1, HEADS, 576]);
     let mut inputs = tensors.inputs();
-    inputs.query = Query::Fused(
-        TensorView::from_object(
-            "q",
-            &text,
-            0,
-            1 << 20,
-            DType::Bf16,
-            &[3, 1, HEADS, 576],
-            &[1728, 1728, 576, 1],
-            device,
-        )
-        .expect("claims"),
-    );
+    let q = TensorView::from_object("q", &text, 0, 1 << 20, dtype, &shape, &strides, device).expect("claims");
+    inputs.query = Query::Fused(q);
     let refused = run(&mut backend.workspace(&mut scratch), &inputs);
     assert!(matches!(refused, Err(MlaError::Unsupported(ref u)) if u.param == "q"), "{refused:?}");
     // A view that claims more than its buffer has.
     let short = tensors.buffers[6].buffer();
-    inputs.query = Query::Fused(
-        TensorView::from_object(
-            "q",
-            short,
-            0,
-            1 << 20,
-            DType::Bf16,
-            &[3, 1, HEADS, 576],
-            &[1728, 1728, 576, 1],
-            device,
-        )
-        .expect("claims"),
-    );
+    let q = TensorView::from_object("q", short, 0, 1 << 20, dtype, &shape, &strides, device).expect("claims");
+    inputs.query = Query::Fused(q);
     let refused = run(&mut backend.workspace(&mut scratch), &inputs);
     assert!(matches!(refused, Err(MlaError::StrideOverrun { param: "q", .. })), "{refused:?}");
     // Elsewhere.
